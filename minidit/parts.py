@@ -1,0 +1,90 @@
+"""The few pieces that both diffusion transformers share, and their checks at the door.
+
+B batch, N image tokens, K query tokens, H heads, D head width, C channels, P patch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class MLP(nn.Module):
+    """Linear, activation ("silu", or the tanh approximation of "gelu"), Linear."""
+
+    def __init__(self, width: int, hidden: int, out: int, activation: str = "silu") -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, out)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(x)
+        x = F.silu(x) if self.activation == "silu" else F.gelu(x, approximate="tanh")
+        return self.fc2(x)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
+              scale: float | None = None) -> Tensor:  # fmt: skip
+    """Softmax attention: q (B, K, H, D), k and v (B, N, H, D) -> (B, K, H*D)."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, tokens, D)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return out.transpose(1, 2).flatten(2)  # (B, K, H*D)
+
+
+def time_features(t: Tensor, width: int) -> Tensor:
+    """Sinusoidal features (B, width) of times (B,): cosines, then sines, in float32.
+
+    Frequencies 10000 ** (-i / (width / 2)), as in DiT and in both official models.
+    """
+    half = width // 2
+    exponent = -math.log(10000) * torch.arange(half, device=t.device, dtype=torch.float32) / half
+    angles = t.float()[:, None] * exponent.exp()  # (B, width / 2)
+    return torch.cat((angles.cos(), angles.sin()), dim=1)
+
+
+def batch_sigma(sigma: Tensor | float, latents: Tensor) -> Tensor:
+    """The noise level as float32, one per sample (B,); raises ValueError for any other shape."""
+    B = len(latents)
+    sigma = torch.as_tensor(sigma, dtype=torch.float32, device=latents.device)
+    if sigma.numel() != 1 and sigma.shape != (B,):
+        raise ValueError(f"sigma has shape {tuple(sigma.shape)}, must be a number or ({B},)")
+    return sigma.reshape(-1).expand(B)
+
+
+def check_config(config: Any) -> None:
+    """Raise ValueError unless every int field of a config is at least 1."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if type(value) is int and value < 1:
+            raise ValueError(f"{field.name} is {value}, must be at least 1")
+
+
+def check_latents(
+    latents: Tensor, channels: int, patch: int, active: Tensor | None, cache: Any
+) -> None:
+    """Raise ValueError unless latents, active tokens and cache fit together."""
+    if latents.ndim != 4 or latents.shape[1] != channels:
+        raise ValueError(
+            f"latents have shape {tuple(latents.shape)}, must be (batch, {channels}, height, width)"
+        )
+    height, width = latents.shape[-2:]
+    if height % patch or width % patch or not height or not width:
+        raise ValueError(f"latents are {height}x{width}, both must be multiples of {patch}")
+    if active is None:
+        return
+    tokens = (height // patch) * (width // patch)
+    if cache is None:
+        raise ValueError("active tokens need a cache that a dense step has filled: pass cache=")
+    if active.dtype != torch.int64 or active.ndim != 2 or len(active) != len(latents):
+        raise ValueError(
+            f"active is {active.dtype} of shape {tuple(active.shape)}, "
+            f"must be int64 of shape ({len(latents)}, count)"
+        )
+    if not 1 <= active.shape[1] <= tokens:
+        raise ValueError(f"active names {active.shape[1]} tokens, must be 1..{tokens}")

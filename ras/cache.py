@@ -1,0 +1,141 @@
+"""What is kept between steps: keys and values for attention, velocities for stale tokens.
+
+B batch, N image tokens, K active tokens, S cached rows of an attention layer (image and text),
+H heads, D head width, C channels, P patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ras.tokens import mask_of, put_
+
+
+class KVCache:
+    """Keys and values of every attention layer (RAS, section 3.4): `write`, `clear`, `nbytes`.
+
+    A dense step leaves its keys and values here as they are, without a copy; a regional step
+    overwrites the rows that it computed, in place, and attends to all of them.
+    """
+
+    def __init__(self) -> None:
+        self._layers: dict[Hashable, tuple[Tensor, Tensor]] = {}
+
+    def write(
+        self, layer: Hashable, k: Tensor, v: Tensor, rows: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Store fresh k, v and return the full keys and values to attend to.
+
+        rows None: k, v (B, S, H, D) are all of them. Otherwise k, v (B, K, H, D) belong to these
+        rows (B, K), flat as from `tokens.flat_rows`; all other rows stay as they were.
+        Raises ValueError where rows are given but the layer was never written in full.
+        """
+        if rows is None:
+            # contiguous: a slice of a fused projection would keep the whole projection alive
+            self._layers[layer] = k.contiguous(), v.contiguous()
+        elif layer not in self._layers:
+            raise ValueError(
+                f"the cache has no keys and values of layer {layer!r} yet: run a dense step "
+                "(active=None) with this cache before a regional one"
+            )
+        else:
+            full_k, full_v = self._layers[layer]
+            if len(k) != len(full_k):
+                raise ValueError(
+                    f"the cache was filled with a batch of {len(full_k)}, got a batch of {len(k)}"
+                )
+            put_(full_k, rows, k)
+            put_(full_v, rows, v)
+        return self._layers[layer]
+
+    def __getitem__(self, layer: Hashable) -> tuple[Tensor, Tensor]:
+        """The stored keys and values of a layer, (B, S, H, D) each."""
+        return self._layers[layer]
+
+    def __iter__(self):
+        return iter(self._layers)
+
+    def clear(self) -> None:
+        """Forget everything and free the memory."""
+        self._layers.clear()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all layers."""
+        return sum(k.nbytes + v.nbytes for k, v in self._layers.values())
+
+
+@dataclass(frozen=True)
+class History:
+    """What is known of every token after a step; scores and reuse rules read it.
+
+    velocity   (B, N, P*P, C) float32, the step's guided velocity: fresh where active, reused where
+               stale
+    sigma      0-dim, the noise level of that step
+    last       (B, N, P*P, C) the velocity when the token was last active, at noise level
+    last_sigma (B, N)
+    prior      (B, N, P*P, C) the velocity when it was active the time before, at noise level
+    prior_sigma (B, N); equal to last and last_sigma until there is a second time
+    age        (B, N) float32, steps since the token was active (0: just now)
+    skips      (B, N) float32, steps in which the token was stale, since the run began
+    step       number of the step
+    seed       of the run, for scores that draw random numbers
+    """
+
+    velocity: Tensor
+    sigma: Tensor
+    last: Tensor
+    last_sigma: Tensor
+    prior: Tensor
+    prior_sigma: Tensor
+    age: Tensor
+    skips: Tensor
+    step: int
+    seed: int = 0
+
+
+def observe(
+    history: History | None,
+    velocity: Tensor,
+    reused: Tensor | None,
+    active: Tensor | None,
+    sigma: Tensor,
+    seed: int = 0,
+) -> History:
+    """The history after one more step.
+
+    velocity (B, N, P*P, C): what the model computed; only its active rows are read.
+    reused   (B, N, P*P, C): what stale tokens use instead (None when the step was dense).
+    active   (B, K) token numbers, or None when the step was dense.
+    seed     of the run; read at its first step.
+    """
+    velocity = velocity.float()
+    sigmas = sigma.float().expand(velocity.shape[:2])  # (B, N)
+    if history is None:
+        zero = torch.zeros_like(sigmas)
+        return History(velocity, sigma, velocity, sigmas, velocity, sigmas, zero, zero, 0, seed)
+    if active is None:
+        zero = torch.zeros_like(history.age)
+        return History(
+            velocity, sigma, velocity, sigmas, history.last, history.last_sigma,
+            zero, history.skips, history.step + 1, history.seed,
+        )  # fmt: skip
+    fresh = mask_of(active, velocity.shape[1])  # (B, N)
+    wide = fresh[:, :, None, None]
+    stale = (~fresh).float()
+    return History(
+        velocity=torch.where(wide, velocity, reused),
+        sigma=sigma,
+        last=torch.where(wide, velocity, history.last),
+        last_sigma=torch.where(fresh, sigmas, history.last_sigma),
+        prior=torch.where(wide, history.last, history.prior),
+        prior_sigma=torch.where(fresh, history.last_sigma, history.prior_sigma),
+        age=(history.age + 1) * stale,
+        skips=history.skips + stale,
+        step=history.step + 1,
+        seed=history.seed,
+    )

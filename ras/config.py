@@ -1,0 +1,127 @@
+"""RASConfig: every choice that Region-Adaptive Sampling leaves open, and the presets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ras.reuse import REUSE
+from ras.scores import SCORES
+from ras.upstream import Upstream
+
+
+@dataclass(frozen=True)
+class RASConfig:
+    """Which steps are regional, how many tokens they compute, and which.
+
+    ratio       share of the tokens that is active in a regional step, in (0, 1]; 1 is dense
+    fall        the ratio falls linearly by this much from the first to the last regional step, its
+                mean staying `ratio`; 0 keeps it constant
+    start       number of dense steps at the beginning, at least 1
+    end         last step that may be regional, None for the last of the run; later ones are dense
+    refresh     dense steps in between: their indices, or a number to spread evenly over
+                start..end (fewer where the range is too short for so many)
+    score       a name in ras.SCORES: what the velocity says of a token
+    prefer      "low" or "high": which end of the score is active. The paper finds the main subject
+                at the low end of "std" (section 3.3)
+    starvation  weight k of the exponent in Eq. 1, at least 0: a token becomes likelier to be active
+                by a factor exp(k) in score per stale step, whatever `prefer` is
+    starved_by  "age": steps since the token was last active; "skips": all its stale steps so far,
+                as in the paper
+    max_stale   no token stays stale for more than this many steps in a row; None for no bound
+    reuse       a name in ras.REUSE: the velocity of stale tokens
+    seed        of score="random"
+    official    settings of microsoft/RAS, made by `RASConfig.upstream(...)`: they reproduce it
+                exactly and replace all of the above
+
+    Raises ValueError for anything outside these ranges.
+    """
+
+    ratio: float = 0.5
+    fall: float = 0.0
+    start: int = 4
+    end: int | None = None
+    refresh: int | tuple[int, ...] = 2
+    score: str = "std"
+    prefer: str = "low"
+    starvation: float = 0.1
+    starved_by: str = "age"
+    max_stale: int | None = None
+    reuse: str = "hold"
+    seed: int = 0
+    official: Upstream | None = None
+
+    def __post_init__(self) -> None:
+        def require(ok: bool, name: str, allowed: str) -> None:
+            if not ok:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, must be {allowed}")
+
+        for name in ("ratio", "fall", "starvation"):
+            require(_is_number(getattr(self, name)), name, "a number")
+        require(0 < self.ratio <= 1, "ratio", "in (0, 1]")
+        low, high = self.ratio - abs(self.fall) / 2, self.ratio + abs(self.fall) / 2
+        if not (low > 0 and high <= 1):
+            raise ValueError(
+                f"fall is {self.fall} around a ratio of {self.ratio}, "
+                f"which spans {low:g} to {high:g}; must stay in (0, 1]"
+            )
+        require(_is_int(self.start) and self.start >= 1, "start", "an integer of at least 1")
+        require(self.end is None or _is_int(self.end), "end", "None or an integer")
+        if self.end is not None and self.end < self.start:
+            raise ValueError(f"end is {self.end}, must be at least start = {self.start}")
+        if isinstance(self.refresh, list):
+            object.__setattr__(self, "refresh", tuple(self.refresh))
+        if isinstance(self.refresh, tuple):
+            ok = all(_is_int(step) and step >= self.start for step in self.refresh)
+            require(ok, "refresh", f"step numbers from start = {self.start} on")
+        else:
+            require(_is_int(self.refresh) and self.refresh >= 0, "refresh", "0, a count, or steps")
+        require(self.score in SCORES, "score", f"one of {', '.join(SCORES)}")
+        require(self.prefer in ("low", "high"), "prefer", "'low' or 'high'")
+        require(0 <= self.starvation < float("inf"), "starvation", "a finite number of at least 0")
+        require(self.starved_by in ("age", "skips"), "starved_by", "'age' or 'skips'")
+        bound = self.max_stale
+        require(bound is None or (_is_int(bound) and bound >= 1), "max_stale", "None or at least 1")
+        require(self.reuse in REUSE, "reuse", f"one of {', '.join(REUSE)}")
+        require(_is_int(self.seed), "seed", "an integer")
+
+    @classmethod
+    def preset(cls, name: str) -> RASConfig:
+        """A named configuration: see `PRESETS`. Raises KeyError for an unknown name."""
+        if name not in PRESETS:
+            raise KeyError(f"there is no preset {name!r}, only {', '.join(PRESETS)}")
+        return PRESETS[name]
+
+    @classmethod
+    def upstream(cls, **settings: Any) -> RASConfig:
+        """microsoft/RAS with its own names and defaults, token for token: see `ras.Upstream`.
+
+        Raises ValueError for unknown names and for values with which the official code crashes.
+        """
+        known = [field.name for field in fields(Upstream)]
+        unknown = [name for name in settings if name not in known]
+        if unknown:
+            raise ValueError(f"upstream has no setting {unknown[0]!r}, only {', '.join(known)}")
+        return cls(official=Upstream(**settings))
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return _is_int(value) or isinstance(value, float)
+
+
+PRESETS = {
+    "default": RASConfig(),
+    # The paper as written: low std is active (3.3), D counts drops and lets long-stale tokens
+    # recover (3.4), first 4 of 28 steps dense, refresh at 12 and 20 of 30 (3.5). Neither k nor how
+    # far the ratio falls is given.
+    "paper": RASConfig(starved_by="skips", starvation=1.0, fall=0.25),
+    # The two official scripts, as they run: starvation_scale is parsed but never applied (D01).
+    "upstream_sd3": RASConfig.upstream(
+        high_ratio=0.3, scheduler_end_step=28, error_reset_steps=(12, 20)
+    ),
+    "upstream_lumina": RASConfig.upstream(skip_num_step=256, skip_num_step_length=4),
+}
