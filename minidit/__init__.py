@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from minidit.flow import denoise, flow_sigmas
+
 
 def load_component(
     path: str, name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32

@@ -72,8 +72,8 @@ def denoise(
     model: Callable[..., Tensor],
     latents: Tensor,
     sigmas: Tensor,
-    cond: Mapping[str, Tensor],
-    uncond: Mapping[str, Tensor] | None = None,
+    cond: Mapping[str, Any],
+    uncond: Mapping[str, Any] | None = None,
     guidance: float = 1.0,
     *,
     ras: RASConfig | None = None,
@@ -86,8 +86,8 @@ def denoise(
              `active` and `cache`
     latents  (B, C, H, W) at noise level sigmas[0]
     sigmas   (steps + 1,) falling noise levels
-    cond     the model's conditioning arguments, each with B rows; uncond the same for the empty or
-             negative prompt, needed where guidance is not 1
+    cond     the model's conditioning arguments: tensors of B rows, anything else is passed as it
+             is; uncond the same for the empty or negative prompt, needed where guidance is not 1
     callback callback(step, sigma, latents, velocity, active) after every step: the latents after
              it, active (B, K) token numbers or None for a dense step
     Returns latents at sigmas[-1] in float32, and the trace of the run if `ras` is given.
@@ -99,7 +99,10 @@ def denoise(
     sigmas = sigmas.to(latents.device, torch.float32)
     latents = latents.float()
     if guidance != 1:  # both halves of the guidance run as one batch
-        cond = {name: torch.cat((uncond[name], cond[name])) for name in cond}
+        cond = {
+            name: torch.cat((uncond[name], rows)) if isinstance(rows, Tensor) else rows
+            for name, rows in cond.items()
+        }
     patch = model.config.patch_size if hasattr(model, "config") else 2
     grid = (height // patch, width // patch)
     plan = make_plan(ras, steps, grid[0] * grid[1]) if ras else ()
@@ -135,7 +138,7 @@ def guided_velocity(
     model: Callable[..., Tensor],
     latents: Tensor,
     sigma: Tensor,
-    cond: Mapping[str, Tensor],
+    cond: Mapping[str, Any],
     guidance: float,
     active: Tensor | None = None,
     cache: KVCache | None = None,
@@ -171,8 +174,10 @@ def _check(latents, sigmas, cond, uncond, guidance) -> None:
     if guidance != 1 and uncond is None:
         raise ValueError(f"guidance is {guidance}, which needs uncond; pass it or guidance=1")
     for kind, given in (("cond", cond), ("uncond", uncond if guidance != 1 else {})):
-        for name in cond:
+        for name, rows in cond.items():
+            if not isinstance(rows, Tensor) or not given:
+                continue
             shape = tuple(given[name].shape) if name in given else None
-            wanted = (len(latents), *cond[name].shape[1:])
-            if given and shape != wanted:
+            wanted = (len(latents), *rows.shape[1:])
+            if shape != wanted:
                 raise ValueError(f"{kind}[{name!r}] has shape {shape}, must be {wanted}")

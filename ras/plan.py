@@ -39,8 +39,8 @@ def plan(config: RASConfig, steps: int, tokens: int) -> tuple[Step, ...]:
 
 
 def refresh_steps(config: RASConfig, end: int) -> tuple[int, ...]:
-    """The dense steps within start..end. A number r is spread so that r + 1 equal regional
-    stretches remain (2 in a run of 28 steps with start 4: steps 12 and 20, as upstream)."""
+    """The dense steps within start..end. A number r is spread so that r + 1 regional stretches
+    remain, equal or longer by one (28 steps, start 4, r = 2: steps 12 and 20, as upstream)."""
     if isinstance(config.refresh, tuple):
         late = [t for t in config.refresh if t > end]
         if late:
@@ -48,7 +48,8 @@ def refresh_steps(config: RASConfig, end: int) -> tuple[int, ...]:
         return config.refresh
     length = end - config.start + 1
     count = min(config.refresh, (length - 1) // 2)  # each refresh has regional steps on both sides
-    return tuple(config.start + round((i + 1) * length / (count + 1)) for i in range(count))
+    regional, stretches = length - count, count + 1
+    return tuple(config.start + i - (-(i + 1) * regional // stretches) for i in range(count))
 
 
 def _counts(config: RASConfig, regional: int, tokens: int) -> list[int]:

@@ -1,0 +1,129 @@
+"""The plan: a pure function, exact counts, and a sentence for everything impossible."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import ras
+from ras import RASConfig, plan
+
+ratios = st.floats(0.01, 1.0, exclude_max=True)
+
+
+@given(ratios, st.integers(2, 40), st.integers(1, 300), st.data())
+def test_counts_and_kinds_are_exact(ratio, steps, tokens, data):
+    start = data.draw(st.integers(1, steps - 1))
+    end = data.draw(st.none() | st.integers(start, steps - 1))
+    last = steps - 1 if end is None else end
+    refresh = data.draw(st.lists(st.integers(start, last), unique=True).map(tuple))
+    config = RASConfig(ratio=ratio, start=start, end=end, refresh=refresh)
+    steps_ = plan(config, steps, tokens)
+    count = max(1, round(ratio * tokens))
+    assert len(steps_) == steps
+    for t, step in enumerate(steps_):
+        regional = start <= t <= last and t not in refresh and count < tokens
+        assert step.regional == regional
+        assert step.active == (count if regional else tokens)
+
+
+@given(st.floats(0.3, 0.7), st.floats(-0.5, 0.5), st.integers(6, 60))
+def test_a_falling_ratio_is_linear_and_keeps_its_mean(ratio, fall, steps):
+    config = RASConfig(ratio=ratio, fall=fall, start=2, refresh=0)
+    counts = [step.active for step in plan(config, steps, 10_000)[2:]]
+    assert sum(counts) / len(counts) == pytest.approx(ratio * 10_000, abs=1)
+    slopes = [a - b for a, b in zip(counts[1:], counts, strict=False)]
+    assert max(slopes) - min(slopes) <= 1
+    assert counts[0] - counts[-1] == pytest.approx(fall * 10_000, abs=1)
+
+
+@given(st.integers(0, 6), st.integers(1, 8), st.integers(2, 50))
+def test_refresh_steps_are_spread_evenly(count, start, length):
+    steps = plan(RASConfig(start=start, refresh=count), start + length, 64)
+    dense = [t for t in range(start, start + length) if not steps[t].regional]
+    assert len(dense) == min(count, (length - 1) // 2)
+    edges = [start - 1, *dense, start + length]
+    stretches = [b - a for a, b in zip(edges, edges[1:], strict=False)]
+    assert max(stretches) - min(stretches) <= 1
+    assert min(stretches) > 1  # every refresh has regional steps on both sides
+
+
+def test_two_refreshes_of_28_steps_are_the_ones_of_the_official_script():
+    steps = plan(RASConfig(start=4, refresh=2), 28, 256)
+    assert [t for t in range(4, 28) if not steps[t].regional] == [12, 20]
+
+
+@given(st.integers(1, 30), st.integers(1, 500))
+def test_ratio_one_is_all_dense(steps, tokens):
+    assert plan(RASConfig(ratio=1), steps, tokens) == (ras.Step(False, tokens),) * steps
+
+
+def test_a_plan_is_the_same_for_every_call_and_prints():
+    first, second = (plan(RASConfig(), 28, 256) for _ in range(2))
+    assert first == second
+    assert "regional=True, active=128" in str(first)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"ratio": 0}, "ratio is 0, must be in (0, 1]"),
+        ({"ratio": 1.2}, "ratio is 1.2"),
+        ({"ratio": float("nan")}, "ratio is nan"),
+        ({"ratio": "half"}, "ratio is 'half'"),
+        ({"start": 0}, "start is 0"),
+        ({"start": True}, "start is True"),
+        ({"end": 3}, "end is 3, must be at least start = 4"),
+        ({"refresh": (2,)}, "refresh is (2,)"),
+        ({"refresh": -1}, "refresh is -1"),
+        ({"fall": 1.2}, "fall is 1.2"),
+        ({"score": "entropy"}, "score is 'entropy', must be one of std"),
+        ({"prefer": "middle"}, "prefer is 'middle'"),
+        ({"starvation": -1}, "starvation is -1"),
+        ({"starved_by": "hunger"}, "starved_by is 'hunger'"),
+        ({"max_stale": 0}, "max_stale is 0"),
+        ({"reuse": "forget"}, "reuse is 'forget'"),
+        ({"seed": 0.5}, "seed is 0.5"),
+    ],
+)
+def test_impossible_settings_are_named(settings, sentence):
+    with pytest.raises(ValueError) as error:
+        RASConfig(**settings)
+    assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "steps", "sentence"),
+    [
+        (RASConfig(), 4, "start is 4, must be below steps = 4"),
+        (RASConfig(end=20), 20, "end is 20, must be below steps = 20"),
+        (RASConfig(refresh=(9, 30)), 28, "refresh names step 30, must be within 4..27"),
+        (RASConfig(ratio=0.25, max_stale=2), 28, "max_stale is 2, which needs at least 22 of 64"),
+        (RASConfig(), 0, "steps is 0"),
+        (RASConfig.preset("upstream_sd3"), 20, "error_reset_steps names step 20"),
+        (RASConfig.upstream(sample_ratio=0.99, error_reset_steps=()), 28, "leave 0 of 64 tokens"),
+    ],
+)
+def test_configs_that_do_not_fit_the_run_are_named(config, steps, sentence):
+    with pytest.raises(ValueError) as error:
+        plan(config, steps, 64)
+    assert sentence in str(error.value)
+
+
+def test_presets():
+    for name in ("default", "paper", "upstream_sd3", "upstream_lumina"):
+        assert any(step.regional for step in plan(RASConfig.preset(name), 30, 4096))
+    with pytest.raises(KeyError, match="no preset 'fast', only default"):
+        RASConfig.preset("fast")
+    with pytest.raises(ValueError, match="no setting 'ratio'"):
+        RASConfig.upstream(ratio=0.5)
+
+
+def test_upstream_counts_as_its_scripts_have_them():
+    sd3 = plan(RASConfig.preset("upstream_sd3"), 28, 4096)
+    assert {step.active for step in sd3} == {4096, 4096 - 2047}  # both bars rounded down
+    lumina = plan(RASConfig.preset("upstream_lumina"), 30, 4096)
+    dropped = [4096 - step.active for step in lumina if step.regional]
+    assert sorted(set(dropped)) == [1280, 1536, 1792, 2048, 2304, 2560, 2816]
+    assert sum(dropped) / len(dropped) == 1984
