@@ -1,18 +1,80 @@
-"""Stable Diffusion 3 / 3.5 and Lumina-Next in pure PyTorch, with Region-Adaptive Sampling."""
+"""Stable Diffusion 3 / 3.5 and Lumina-Next in pure PyTorch, with Region-Adaptive Sampling.
+
+    import minidit, ras
+    pipe = minidit.load("mini-sd3")
+    out = pipe("a red apple on a sky blue background", seed=0, ras=ras.RASConfig(ratio=0.5))
+    out.images[0].save("apple.png")
+"""
 
 from __future__ import annotations
 
+from os import PathLike
 from typing import Any
 
 import torch
 
+from minidit.clip import CLIPTextEncoder
 from minidit.flow import denoise, flow_sigmas
+from minidit.gemma import GemmaEncoder
+from minidit.mmdit import MMDiT, MMDiTConfig
+try:
+    from minidit.nextdit import NextDiT, NextDiTConfig
+except ImportError:
+    NextDiT = NextDiTConfig = None
+from minidit.pipeline import LuminaPipeline, Output, SD3Pipeline
+from minidit.t5 import T5Encoder
+from minidit.vae import AutoencoderKL
+
+__all__ = [
+    "AutoencoderKL",
+    "CLIPTextEncoder",
+    "GemmaEncoder",
+    "LuminaPipeline",
+    "MMDiT",
+    "MMDiTConfig",
+    "NextDiT",
+    "NextDiTConfig",
+    "Output",
+    "SD3Pipeline",
+    "T5Encoder",
+    "denoise",
+    "flow_sigmas",
+    "load",
+    "load_component",
+]
+
+
+def load(
+    path: str | PathLike[str],
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    offload: bool = False,
+    use_t5: bool = True,
+) -> SD3Pipeline | LuminaPipeline:
+    """A whole model: folder, single file, hub id, or "mini-sd3" / "mini-lumina".
+
+    device "cpu", "cuda", "mps", or "meta" to check every name and shape without reading data
+    dtype  of the weights in memory, whatever they are on disk
+    offload  keep on the device only the part that is running
+    use_t5   False leaves out SD3's third text encoder
+    Raises ValueError or FileNotFoundError, with nothing loaded, for files that do not fit.
+    """
+    from weights.load import load_parts
+
+    kept = "cpu" if offload else device
+    family, parts = load_parts(path, device=kept, dtype=dtype, use_t5=use_t5)
+    pipeline = {"sd3": SD3Pipeline, "lumina": LuminaPipeline}[family]
+    return pipeline(**parts, device=torch.device(device), offload=offload)
 
 
 def load_component(
-    path: str, name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    path: str | PathLike[str],
+    name: str,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> Any:
-    """One part of a model repository: see `weights.load.load_component`."""
+    """One part of a model: see `weights.load.load_component`."""
     from weights.load import load_component
 
     return load_component(path, name, device=device, dtype=dtype)

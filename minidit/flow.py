@@ -173,11 +173,17 @@ def _check(latents, sigmas, cond, uncond, guidance) -> None:
         raise ValueError(f"guidance is {guidance}, must be at least 1 (1 is no guidance)")
     if guidance != 1 and uncond is None:
         raise ValueError(f"guidance is {guidance}, which needs uncond; pass it or guidance=1")
-    for kind, given in (("cond", cond), ("uncond", uncond if guidance != 1 else {})):
-        for name, rows in cond.items():
-            if not isinstance(rows, Tensor) or not given:
-                continue
-            shape = tuple(given[name].shape) if name in given else None
-            wanted = (len(latents), *rows.shape[1:])
-            if shape != wanted:
-                raise ValueError(f"{kind}[{name!r}] has shape {shape}, must be {wanted}")
+    for name, rows in cond.items():
+        if not isinstance(rows, Tensor):
+            continue
+        wanted = (len(latents), *rows.shape[1:])
+        if tuple(rows.shape) != wanted:
+            raise ValueError(f"cond[{name!r}] has shape {tuple(rows.shape)}, must be {wanted}")
+        if guidance == 1:
+            continue
+        if name not in uncond:
+            raise ValueError(f"uncond[{name!r}] is missing, cond has {', '.join(cond)}")
+        if uncond[name].shape != rows.shape:
+            raise ValueError(
+                f"uncond[{name!r}] has shape {tuple(uncond[name].shape)}, must be {wanted}"
+            )

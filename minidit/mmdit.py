@@ -110,7 +110,8 @@ class MMDiT(nn.Module):
 
         # 1. Embed and position all image tokens, keep the active rows.
         x = self.patch_embed(latents).flatten(2).transpose(1, 2)  # (B, N, C)
-        x = x + self._positions(height // P, width // P)
+        # contiguous: elementwise results inherit the layout of x, here channels apart
+        x = x.contiguous() + self._positions(height // P, width // P)
         N, L = x.shape[1], context.shape[1]
         rows = joint_rows = None  # rows of the image-only and of the joint caches
         if active is not None:

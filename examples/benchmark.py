@@ -1,0 +1,165 @@
+"""How long a regional step takes, as a share of a dense step, against its share of the FLOPs.
+
+    python examples/benchmark.py                                  # SD3-medium's width, 2 layers
+    python examples/benchmark.py --family lumina --layers 2 --size 1024 --dtype bfloat16
+    python examples/benchmark.py --layers 24 --device cuda --dtype float16
+
+Random weights at true width: time and memory do not depend on what the weights say. Dense and
+regional steps take turns, so that a machine whose speed drifts slows all of them alike; the table
+shows medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from statistics import median
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from minidit import MMDiT, MMDiTConfig, NextDiT, NextDiTConfig
+from ras import KVCache
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+VARIANTS = {  # the official configs
+    "sd3": MMDiTConfig(),
+    "sd3.5-medium": MMDiTConfig(
+        pos_embed_max_size=384, qk_norm="rms_norm", dual_attention_layers=tuple(range(13))
+    ),
+    "sd3.5-large": MMDiTConfig(
+        num_layers=38, num_attention_heads=38, caption_projection_dim=2432, qk_norm="rms_norm"
+    ),
+    "lumina": NextDiTConfig(),
+}
+TEXT_TOKENS = {"sd3": 333, "sd3.5-medium": 333, "sd3.5-large": 333, "lumina": 32}
+
+
+def main() -> None:
+    args = parse_args()
+    torch.manual_seed(0)
+    device, dtype = torch.device(args.device), DTYPES[args.dtype]
+    model = build(args.family, args.layers, device, dtype)
+    step = Step(model, args, device, dtype)
+    flops = {ratio: count_flops(args, ratio) for ratio in [1.0, *args.ratios]}
+
+    times: dict[float, list[float]] = {ratio: [] for ratio in flops}
+    step.run(1.0)  # fills the cache
+    for repeat in range(args.repeats + 1):
+        for ratio in times:
+            seconds = step.run(ratio)
+            if repeat > 0:  # the first round warms up
+                times[ratio].append(seconds)
+
+    dense = median(times[1.0])
+    print(
+        f"{args.family}, {args.layers} layers, {args.size} px, batch {args.batch}, {args.dtype}, "
+        f"{args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+    print(f"cache: {step.cache.nbytes / 2**20:.1f} MiB for {step.tokens} image tokens")
+    print("active   ms/step   time share   FLOP share   time / FLOP")
+    for ratio, seconds in times.items():
+        share, work = median(seconds) / dense, flops[ratio] / flops[1.0]
+        print(
+            f"{ratio:6.1%} {1000 * median(seconds):9.1f} {share:12.1%} {work:12.1%} "
+            f"{share / work:13.3f}"
+        )
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Time dense and regional steps in turns.")
+    add = parser.add_argument
+    add("--family", choices=VARIANTS, default="sd3")
+    add("--layers", type=int, default=2)
+    add("--size", type=int, default=1024, help="pixels a side")
+    add("--batch", type=int, default=2, help="2 is one picture with guidance")
+    add("--ratios", type=float, nargs="+", default=[0.75, 0.5, 0.25, 0.125])
+    add("--dtype", choices=DTYPES, default="float32")
+    add("--device", default="cpu")
+    add("--repeats", type=int, default=5)
+    add("--threads", type=int, help="CPU threads, default: what torch takes")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.size < 16 or args.size % 16:
+        parser.error(f"--size is {args.size}, must be a positive multiple of 16")
+    if min(args.layers, args.batch, args.repeats) < 1:
+        parser.error("--layers, --batch and --repeats must be at least 1")
+    bad = [ratio for ratio in args.ratios if not 0 < ratio < 1]
+    if bad:
+        parser.error(f"--ratios has {bad[0]}, must be in (0, 1)")
+    return args
+
+
+def build(
+    family: str, layers: int, device: torch.device, dtype: torch.dtype
+) -> MMDiT | NextDiT:
+    """A model of the official width with random weights and any number of layers."""
+    fields = vars(VARIANTS[family]) | {"num_layers": layers}
+    if family == "sd3.5-medium":
+        fields["dual_attention_layers"] = tuple(range(min(layers, 13)))
+    with torch.device(device):
+        config = type(VARIANTS[family])(**fields)
+        model = NextDiT(config) if family == "lumina" else MMDiT(config)
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+class Step:
+    """Inputs and cache of one model, and the step that is timed."""
+
+    def __init__(self, model, args, device, dtype) -> None:
+        config, side, B = model.config, args.size // 8, args.batch
+        self.model, self.device, self.cache = model, device, KVCache()
+        self.tokens = (side // config.patch_size) ** 2
+        make = {"device": device, "dtype": dtype}
+        self.latents = torch.randn(B, config.in_channels, side, side, **make)
+        self.sigma = torch.full((B,), 0.5, device=device)
+        length = TEXT_TOKENS[args.family]
+        if args.family == "lumina":
+            context = torch.randn(B, length, config.cross_attention_dim, **make)
+            mask = torch.ones(B, length, dtype=torch.bool, device=device)
+            self.cond = {"context": context, "context_mask": mask}
+        else:
+            context = torch.randn(B, length, config.joint_attention_dim, **make)
+            pooled = torch.randn(B, config.pooled_projection_dim, **make)
+            self.cond = {"context": context, "pooled": pooled}
+
+    def active(self, ratio: float) -> torch.Tensor | None:
+        """A random set of active tokens, the same for every sample; None for all."""
+        if ratio == 1:
+            return None
+        B, count = len(self.latents), max(1, round(ratio * self.tokens))
+        rows = torch.randperm(self.tokens)[:count].sort().values
+        return rows.expand(B, count).to(self.device)
+
+    @torch.no_grad()
+    def run(self, ratio: float) -> float:
+        """Seconds of one step, dense with filling the cache or regional."""
+        active = self.active(ratio)
+        self.synchronize()
+        begin = time.perf_counter()
+        self.model(self.latents, self.sigma, **self.cond, active=active, cache=self.cache)
+        self.synchronize()
+        return time.perf_counter() - begin
+
+    def synchronize(self) -> None:
+        if self.device.type not in ("cpu", "meta"):
+            getattr(torch, self.device.type).synchronize()
+
+
+def count_flops(args: argparse.Namespace, ratio: float) -> int:
+    """FLOPs of a step's matrix products, from their shapes: run on the meta device."""
+    meta = torch.device("meta")
+    step = Step(build(args.family, args.layers, meta, torch.float32), args, meta, torch.float32)
+    step.run(1.0)
+    with FlopCounterMode(display=False) as counter:
+        step.run(ratio)
+    return counter.get_total_flops()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, RuntimeError) as error:
+        sys.exit(f"error: {error}")

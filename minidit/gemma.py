@@ -1,0 +1,196 @@
+"""Gemma (first generation): the text encoder of Lumina-Next (arXiv 2403.08295).
+
+A causal language model used for its states: Lumina-Next reads what enters the last layer. Rotary
+positions, several query heads per key-value head, RMSNorms of weight 1 + w and a gated MLP.
+
+B batch, L text tokens, H query heads, G key-value heads, D head width, C width of the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minidit.clip import check_ids
+from minidit.parts import attention, check_config
+
+
+@dataclass(frozen=True)
+class GemmaConfig:
+    """Sizes of a Gemma; the fields carry the names of the official config.json."""
+
+    vocab_size: int = 256000
+    hidden_size: int = 3072
+    intermediate_size: int = 24576
+    num_hidden_layers: int = 28
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 16
+    head_dim: int = 256
+    max_position_embeddings: int = 8192
+    hidden_act: str = "gelu_pytorch_tanh"
+    hidden_activation: str | None = None
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: Mapping[str, Any] | None = None
+    rope_parameters: Mapping[str, Any] | None = None  # where transformers 5 puts the two above
+    attention_bias: bool = False
+
+    @property
+    def theta(self) -> float:
+        """Base of the rotary frequencies, from wherever the file has it."""
+        return float((self.rope_parameters or {}).get("rope_theta", self.rope_theta))
+
+    def __post_init__(self) -> None:
+        check_config(self)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads is {self.num_attention_heads}, must be a multiple of "
+                f"num_key_value_heads = {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}, must be even")
+        # "gelu" in Gemma's files is an old mistake: it was trained with the tanh approximation
+        activation = self.hidden_activation or self.hidden_act
+        if activation not in ("gelu", "gelu_pytorch_tanh"):
+            raise ValueError(f"hidden_act is {activation!r}, must be 'gelu' or 'gelu_pytorch_tanh'")
+        if (
+            self.rope_scaling
+            or (self.rope_parameters or {}).get("rope_type", "default") != "default"
+        ):
+            raise ValueError(
+                f"rope_scaling is {self.rope_scaling or self.rope_parameters}, must be null"
+            )
+        if not self.theta > 0:
+            raise ValueError(f"rope_theta is {self.theta}, must be above 0")
+        if self.attention_bias:
+            raise ValueError("attention_bias is true, must be false")
+
+
+class GemmaEncoder(nn.Module):
+    """Token ids to the states that enter the last layer.
+
+    The last layer and the final norm hold weights, so that files load whole, but are never run.
+    """
+
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        self.token_embed = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
+        self.final_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """ids (B, L), mask (B, L) -> second-to-last hidden states (B, L, C), without final norm.
+
+        mask is 1 for text and 0 for padding, on either side; None means text throughout. States of
+        padding are finite and mean nothing. Raises ValueError for ids or a mask that do not fit.
+        """
+        check_ids(ids, self.config.vocab_size, self.config.max_position_embeddings, mask)
+        x = self.token_embed(ids)  # (B, L, C)
+        # rounded to the type of the weights first, as in training: 45.25 instead of 45.2548...
+        x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype)
+        rope = rotary_table(ids.shape[1], self.config.head_dim, self.config.theta, x)
+        visible = causal_mask(torch.ones_like(ids) if mask is None else mask)  # (B, 1, L, L)
+        for layer in self.layers[:-1]:
+            x = layer(x, rope, visible)
+        return x
+
+
+class Layer(nn.Module):
+    """Self-attention, then a gated MLP, each on an RMSNorm of its input."""
+
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attn = SelfAttention(config)
+        self.norm2 = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], visible: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x), rope, visible)
+        return x + self.mlp(self.norm2(x))
+
+
+class SelfAttention(nn.Module):
+    """Attention with rotary positions; each key-value head serves H / G query heads in a row."""
+
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__()
+        C, D = config.hidden_size, config.head_dim
+        H, G = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim, self.group = D, H // G
+        self.q = nn.Linear(C, H * D, bias=False)
+        self.k = nn.Linear(C, G * D, bias=False)
+        self.v = nn.Linear(C, G * D, bias=False)
+        self.out = nn.Linear(H * D, C, bias=False)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], visible: Tensor) -> Tensor:
+        """x (B, L, C), visible (B, 1, L, L) -> (B, L, C)."""
+        q = rotate(self.q(x).unflatten(2, (-1, self.head_dim)), rope)  # (B, L, H, D)
+        k = rotate(self.k(x).unflatten(2, (-1, self.head_dim)), rope)  # (B, L, G, D)
+        v = self.v(x).unflatten(2, (-1, self.head_dim))  # (B, L, G, D)
+        k, v = (t.repeat_interleave(self.group, dim=2) for t in (k, v))  # (B, L, H, D)
+        return self.out(attention(q, k, v, mask=visible))
+
+
+class GatedMLP(nn.Module):
+    """down(gelu(gate(x)) * up(x)), with the tanh approximation of GELU."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(width, hidden, bias=False)
+        self.up = nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.gate(x), approximate="tanh") * self.up(x))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * (1 + weight), all in float32 at least, the result in the type of x."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        scale = 1 + self.weight.to(wide)
+        return F.rms_norm(x.to(wide), x.shape[-1:], scale, self.eps).to(x.dtype)
+
+
+def rotary_table(length: int, width: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (L, 1, D) of positions 0..L-1, in the type and on the device of `like`.
+
+    Channel i and channel i + D/2 turn together, by position * theta ** (-2 i / D).
+    """
+    channel = torch.arange(0, width, 2, dtype=torch.float32, device=like.device)  # (D/2,)
+    position = torch.arange(length, dtype=torch.float32, device=like.device)
+    angles = torch.outer(position, 1 / theta ** (channel / width)).repeat(1, 2)  # (L, D)
+    return angles.cos()[:, None].to(like.dtype), angles.sin()[:, None].to(like.dtype)
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn each pair of channels of x (B, L, H, D) by the angle of its position."""
+    cos, sin = rope
+    first, second = x.chunk(2, dim=3)
+    return x * cos + torch.cat((-second, first), dim=3) * sin
+
+
+def causal_mask(mask: Tensor) -> Tensor:
+    """Which keys each query attends to, bool (B, 1, L, L): text that is not after it.
+
+    A query with no text up to it (padding on the left) attends to itself instead of to nothing, as
+    a softmax over nothing is NaN, which no later mask could undo.
+    """
+    L = mask.shape[1]
+    causal = torch.ones(L, L, dtype=torch.bool, device=mask.device).tril()
+    visible = mask.bool()[:, None, None, :] & causal  # (B, 1, L, L)
+    alone = ~visible.any(dim=3, keepdim=True) & torch.eye(L, dtype=torch.bool, device=mask.device)
+    return visible | alone

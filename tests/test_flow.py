@@ -1,0 +1,156 @@
+"""Sigmas against the official scheduler, Euler steps on fields with known answers, guidance."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import GOLDENS, noise
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from minidit import denoise, flow_sigmas
+
+
+def test_sigmas_are_those_of_the_official_scheduler_to_the_bit():
+    expected = load_file(GOLDENS / "scheduler" / "sigmas.safetensors")
+    assert len(expected) == 24
+    for name, sigmas in expected.items():
+        shift, steps = name.split("/")
+        assert flow_sigmas(int(steps), float(shift)).equal(sigmas), name
+
+
+@given(st.integers(1, 200), st.floats(0.2, 12))
+def test_sigmas_fall_from_one_to_zero(steps, shift):
+    sigmas = flow_sigmas(steps, shift)
+    assert sigmas.shape == (steps + 1,) and sigmas.dtype == torch.float32
+    assert sigmas[0] == pytest.approx(1) and sigmas[-1] == 0
+    assert (sigmas[1:] < sigmas[:-1]).all()
+
+
+@pytest.mark.parametrize(
+    ("steps", "shift", "sentence"),
+    [
+        (0, 1.0, "steps is 0"),
+        (2.5, 1.0, "steps is 2.5"),
+        (4, 0.0, "shift is 0.0"),
+        (4, math.nan, "shift is nan"),
+    ],
+)
+def test_impossible_schedules_are_named(steps, shift, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        flow_sigmas(steps, shift)
+
+
+@given(st.integers(1, 30), st.floats(0.5, 6))
+def test_straight_paths_are_exact_with_any_steps(steps, shift):
+    """velocity = noise - image, the straight path of rectified flow, ends at the image."""
+    image, start = noise(2, 4, 6, 0), noise(2, 4, 6, 1)
+    latents, trace = denoise(lambda x, sigma: start - image, start, flow_sigmas(steps, shift), {})
+    assert trace is None
+    assert torch.allclose(latents, image, atol=1e-5)
+
+
+def test_euler_is_first_order_on_a_curved_field():
+    """d x / d sigma = x has the answer x * exp(-1): halving the steps doubles the error."""
+    start = noise(1, 4, 4)
+    errors = []
+    for steps in (50, 100, 200):
+        latents, _ = denoise(lambda x, sigma: x, start, torch.linspace(1, 0, steps + 1), {})
+        errors.append((latents - start * math.exp(-1)).abs().max())
+    assert errors[0] / errors[1] == pytest.approx(2, rel=0.05)
+    assert errors[1] / errors[2] == pytest.approx(2, rel=0.05)
+
+
+def test_polynomial_in_sigma_is_the_riemann_sum():
+    sigmas = flow_sigmas(7, 3.0)
+    latents, _ = denoise(lambda x, s: 3 * s**2 * torch.ones_like(x), noise(1, 2, 2), sigmas, {})
+    total = sum(3 * a**2 * (b - a) for a, b in zip(sigmas, sigmas[1:], strict=False))
+    assert torch.allclose(latents, noise(1, 2, 2) + total, atol=1e-6)
+
+
+def test_guidance_is_uncond_plus_scaled_difference():
+    def model(x, sigma, level):
+        return level.view(-1, 1, 1, 1).expand_as(x)
+
+    one, three = {"level": torch.tensor([1.0, 2.0])}, {"level": torch.tensor([3.0, 3.0])}
+    sigmas = torch.tensor([1.0, 0.0])
+    latents, _ = denoise(model, torch.zeros(2, 4, 2, 2), sigmas, three, one, 5.0)
+    assert latents[:, 0, 0, 0].tolist() == [-(1 + 5 * 2), -(2 + 5 * 1)]
+
+
+def test_guidance_one_does_not_run_the_unconditional_half():
+    batches = []
+
+    def model(x, sigma, level):
+        batches.append(len(x))
+        return x
+
+    level = {"level": torch.zeros(2)}
+    denoise(model, noise(2, 2, 2), flow_sigmas(2, 1.0), level, level, 1.0)
+    denoise(model, noise(2, 2, 2), flow_sigmas(2, 1.0), level, level, 2.0)
+    assert batches == [2, 2, 4, 4]
+
+
+def test_guided_channels_leave_the_others_conditional():
+    class Model:
+        guided_channels = 3
+
+        def __call__(self, x, sigma, level):
+            return level.view(-1, 1, 1, 1).expand_as(x)
+
+    cond, uncond = {"level": torch.tensor([2.0])}, {"level": torch.tensor([1.0])}
+    sigmas = torch.tensor([1.0, 0.0])
+    latents, _ = denoise(Model(), torch.zeros(1, 4, 2, 2), sigmas, cond, uncond, 3.0)
+    assert latents[0, :, 0, 0].tolist() == [-4, -4, -4, -2]
+
+
+def test_callback_sees_every_step_and_the_latents_after_it():
+    seen = []
+    sigmas = flow_sigmas(5, 3.0)
+    latents, _ = denoise(
+        lambda x, sigma: x, noise(1, 2, 2), sigmas, {}, callback=lambda *args: seen.append(args)
+    )
+    assert [step for step, *_ in seen] == [0, 1, 2, 3, 4]
+    assert [sigma for _, sigma, *_ in seen] == sigmas.tolist()[:-1]
+    x = noise(1, 2, 2)
+    for step, _, after, velocity, active in seen:
+        assert velocity.equal(x) and active is None
+        x = x + (sigmas[step + 1] - sigmas[step]) * velocity
+        assert after.equal(x)
+    assert latents.equal(x)
+
+
+def test_half_precision_models_are_integrated_in_float32():
+    start = noise(1, 2, 2).half()
+    latents, _ = denoise(lambda x, sigma: x.half(), start, flow_sigmas(3, 1.0), {})
+    assert latents.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"latents": torch.zeros(4, 2, 2)}, "latents have shape (4, 2, 2)"),
+        ({"sigmas": torch.ones(1)}, "sigmas have shape (1,)"),
+        ({"guidance": 0.5}, "guidance is 0.5, must be at least 1"),
+        ({"guidance": float("nan")}, "guidance is nan"),
+        ({"guidance": 2.0}, "needs uncond"),
+        ({"cond": {"level": torch.zeros(3)}}, "cond['level'] has shape (3,), must be (1,)"),
+        (
+            {"uncond": {"level": torch.zeros(2)}, "guidance": 2.0},
+            "uncond['level'] has shape (2,), must be (1,)",
+        ),
+        ({"uncond": {}, "guidance": 2.0}, "uncond['level'] is missing"),
+    ],
+)
+def test_what_does_not_fit_is_named(change, sentence):
+    arguments = {
+        "latents": torch.zeros(1, 4, 2, 2),
+        "sigmas": flow_sigmas(2, 1.0),
+        "cond": {"level": torch.zeros(1)},
+    }
+    with pytest.raises(ValueError) as error:
+        denoise(lambda x, sigma, level: x, **(arguments | change))
+    assert sentence in str(error.value)
