@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
 import time
 from pathlib import Path
 
 import torch
-from PIL import Image
+from pictures import active_map, check_writable, save
 
 import minidit
 import ras
@@ -152,44 +151,6 @@ def memory_line(pipe, device: str) -> str:
         peak /= 2**20 if sys.platform == "darwin" else 2**10
         line += f"; measured peak of this process: {peak:.0f} MiB"
     return line
-
-
-def active_map(image: Image.Image, trace: ras.Trace) -> Image.Image:
-    """The picture beside a heat map of how often each of its regions was computed."""
-    heat = heat_image(trace.heat(), image.size)
-    both = Image.new("RGB", (2 * image.width, image.height))
-    both.paste(image, (0, 0))
-    both.paste(heat, (image.width, 0))
-    return both
-
-
-def heat_image(heat: torch.Tensor, size: tuple[int, int]) -> Image.Image:
-    """(rows, columns) in [0, 1] as colours: dark blue never, then violet and orange, yellow always."""
-    stops = torch.tensor([[13, 8, 80], [126, 3, 168], [224, 100, 98], [240, 249, 33]]).float()
-    x = heat.clamp(0, 1) * (len(stops) - 1)
-    low = x.floor().long().clamp(max=len(stops) - 2)
-    part = (x - low)[..., None]
-    colours = stops[low] * (1 - part) + stops[low + 1] * part  # (rows, columns, 3)
-    image = Image.fromarray(colours.round().to(torch.uint8).numpy())
-    return image.resize(size, Image.Resampling.NEAREST)
-
-
-def check_writable(path: Path) -> None:
-    """Raise ValueError now rather than after minutes of sampling."""
-    if path.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"{path} has no picture's ending, e.g. .png or .jpg")
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ValueError(f"{path} can't be written: {path.parent} must be a writable folder")
-
-
-def save(image: Image.Image, path: Path) -> None:
-    """Write all of the file or nothing."""
-    part = path.with_stem(f".{path.stem}.part")
-    try:
-        image.save(part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

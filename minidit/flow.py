@@ -123,7 +123,9 @@ def denoise(
             if plan:
                 reused = None if active is None else REUSE[ras.reuse](kept, sigmas[i])
                 fresh = patchify(velocity, patch)  # (B, N, P*P, C)
-                history = observe(history, fresh, reused, active, sigmas[i], ras.seed)
+                history = observe(
+                    history, fresh, reused, active, sigmas[i], sigmas[i + 1], ras.seed
+                )
                 velocity = unpatchify(history.velocity, height, width, patch)  # (B, C, H, W)
                 trace.record(levels[i], step, active, len(latents))
             latents = latents + (sigmas[i + 1] - sigmas[i]) * velocity  # the Euler step

@@ -75,7 +75,7 @@ class History:
 
     velocity   (B, N, P*P, C) float32, the step's guided velocity: fresh where active, reused where
                stale
-    sigma      0-dim, the noise level of that step
+    sigma      0-dim, the noise level of that step; next_sigma that of the step after it
     last       (B, N, P*P, C) the velocity when the token was last active, at noise level
     last_sigma (B, N)
     prior      (B, N, P*P, C) the velocity when it was active the time before, at noise level
@@ -88,6 +88,7 @@ class History:
 
     velocity: Tensor
     sigma: Tensor
+    next_sigma: Tensor
     last: Tensor
     last_sigma: Tensor
     prior: Tensor
@@ -104,9 +105,10 @@ def observe(
     reused: Tensor | None,
     active: Tensor | None,
     sigma: Tensor,
+    next_sigma: Tensor,
     seed: int = 0,
 ) -> History:
-    """The history after one more step.
+    """The history after one more step, from `sigma` to `next_sigma`.
 
     velocity (B, N, P*P, C): what the model computed; only its active rows are read.
     reused   (B, N, P*P, C): what stale tokens use instead (None when the step was dense).
@@ -115,21 +117,19 @@ def observe(
     """
     velocity = velocity.float()
     sigmas = sigma.float().expand(velocity.shape[:2])  # (B, N)
+    zero = torch.zeros_like(sigmas)
     if history is None:
-        zero = torch.zeros_like(sigmas)
-        return History(velocity, sigma, velocity, sigmas, velocity, sigmas, zero, zero, 0, seed)
-    if active is None:
-        zero = torch.zeros_like(history.age)
         return History(
-            velocity, sigma, velocity, sigmas, history.last, history.last_sigma,
-            zero, history.skips, history.step + 1, history.seed,
+            velocity, sigma, next_sigma, last=velocity, last_sigma=sigmas, prior=velocity,
+            prior_sigma=sigmas, age=zero, skips=zero, step=0, seed=seed,
         )  # fmt: skip
-    fresh = mask_of(active, velocity.shape[1])  # (B, N)
-    wide = fresh[:, :, None, None]
-    stale = (~fresh).float()
+    N = velocity.shape[1]
+    fresh = torch.ones_like(sigmas, dtype=torch.bool) if active is None else mask_of(active, N)
+    wide, stale = fresh[:, :, None, None], (~fresh).float()  # (B, N, 1, 1), (B, N)
     return History(
-        velocity=torch.where(wide, velocity, reused),
+        velocity=velocity if active is None else torch.where(wide, velocity, reused),
         sigma=sigma,
+        next_sigma=next_sigma,
         last=torch.where(wide, velocity, history.last),
         last_sigma=torch.where(fresh, sigmas, history.last_sigma),
         prior=torch.where(wide, history.last, history.prior),

@@ -31,4 +31,16 @@ def random(history: History) -> Tensor:
     return noise.to(history.velocity.device).expand(history.velocity.shape[:2])  # (B, N)
 
 
-SCORES = {"std": std, "l2": l2, "random": random}
+def drift(history: History) -> Tensor:
+    """The error to expect from holding: how fast the token's velocity changed per unit of sigma
+    between the last two times that it was active, times the sigma it will have been stale for.
+
+    Ours, not the paper's: what a stale token loses is the change of its velocity since, and that is
+    its rate of change times the distance. Starvation comes for free: the distance grows.
+    """
+    change = (history.last - history.prior).flatten(2).norm(dim=2)  # (B, N)
+    span = (history.prior_sigma - history.last_sigma).clamp_min(1e-6)
+    return change / span * (history.last_sigma - history.next_sigma)
+
+
+SCORES = {"std": std, "l2": l2, "drift": drift, "random": random}

@@ -148,12 +148,12 @@ def test_a_regional_step_reads_nothing_back_from_the_device(family):
         cond = {k: mode.from_tensor(v) for k, v in conditioning(family, 2).items()}
         latents, sigma, cache = torch.randn(2, 4, 8, 8), torch.tensor(0.9), KVCache()
         history = observe(
-            None, patchify(model(latents, sigma, **cond, cache=cache), 2), None, None, sigma
+            None, patchify(model(latents, sigma, **cond, cache=cache), 2), None, None, sigma, sigma
         )
         for config in (RASConfig(max_stale=3), RASConfig.upstream(high_ratio=0.3)):
             active = select(config, history, 8, 28)
             velocity = model(latents, sigma, **cond, active=active, cache=cache)
-            observe(history, patchify(velocity, 2), history.last, active, sigma)
+            observe(history, patchify(velocity, 2), history.last, active, sigma, sigma)
         assert velocity.shape == latents.shape
 
 

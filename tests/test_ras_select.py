@@ -13,6 +13,7 @@ from ras import SCORES, History, RASConfig, observe, plan, select
 from ras.tokens import mask_of, patchify, unpatchify
 
 seeds = st.integers(0, 2**32 - 1)
+ONE = (torch.tensor(1.0), torch.tensor(0.9))  # noise levels of a first step and the next
 
 
 def random_velocity(seed: int, batch: int, tokens: int) -> torch.Tensor:
@@ -27,7 +28,7 @@ def sets_of(config: RASConfig, fields: list[torch.Tensor]) -> torch.Tensor:
     history, masks, count = None, [], max(1, round(config.ratio * fields[0].shape[1]))
     active, sigma = None, torch.tensor(0.5)
     for field in fields:
-        history = observe(history, field, None if active is None else field, active, sigma)
+        history = observe(history, field, field, active, sigma, sigma)
         active = select(config, history, count, len(fields))
         masks.append(mask_of(active, field.shape[1]))
     return torch.stack(masks)
@@ -38,7 +39,7 @@ def test_active_and_stale_partition_the_tokens(seed, batch, tokens, ratio, data)
     score = data.draw(st.sampled_from(sorted(SCORES)))
     prefer = data.draw(st.sampled_from(["low", "high"]))
     config = RASConfig(ratio=ratio, score=score, prefer=prefer)
-    history = observe(None, random_velocity(seed, batch, tokens), None, None, torch.tensor(1.0))
+    history = observe(None, random_velocity(seed, batch, tokens), None, None, *ONE)
     count = max(1, round(ratio * tokens))
     active = select(config, history, count, 28)
     assert active.shape == (batch, count) and active.dtype == torch.int64
@@ -49,7 +50,7 @@ def test_active_and_stale_partition_the_tokens(seed, batch, tokens, ratio, data)
 
 @given(seeds, st.integers(4, 40), st.sampled_from(["low", "high"]))
 def test_prefer_names_the_active_end(seed, tokens, prefer):
-    history = observe(None, random_velocity(seed, 2, tokens), None, None, torch.tensor(1.0))
+    history = observe(None, random_velocity(seed, 2, tokens), None, None, *ONE)
     active = mask_of(select(RASConfig(prefer=prefer), history, tokens // 2, 28), tokens)
     score = SCORES["std"](history)
     for row, chosen in zip(score, active, strict=True):
@@ -132,7 +133,7 @@ def test_a_batch_selects_what_its_members_select_alone(seed, score):
 
 def test_scores_are_what_they_say():
     velocity = random_velocity(0, 2, 6)
-    history = observe(None, velocity, None, None, torch.tensor(1.0))
+    history = observe(None, velocity, None, None, *ONE)
     std = velocity.double().std(dim=3, unbiased=True).mean(dim=2)
     l2 = velocity.double().square().sum(dim=3).sqrt().mean(dim=2)
     assert torch.allclose(SCORES["std"](history).double(), std)
@@ -140,7 +141,7 @@ def test_scores_are_what_they_say():
 
 
 def test_random_scores_depend_on_seed_and_step_only():
-    history = observe(None, random_velocity(0, 2, 16), None, None, torch.tensor(1.0))
+    history = observe(None, random_velocity(0, 2, 16), None, None, *ONE)
     score = SCORES["random"](history)
     assert score.equal(SCORES["random"](history)) and score[0].equal(score[1])
     for change in ({"step": 1}, {"seed": 1}):
@@ -152,7 +153,7 @@ def test_a_score_of_ones_own_is_one_entry(monkeypatch):
         return torch.arange(1.0, history.velocity.shape[1] + 1).expand(history.velocity.shape[:2])
 
     monkeypatch.setitem(SCORES, "centre", centre)
-    history = observe(None, random_velocity(0, 1, 8), None, None, torch.tensor(1.0))
+    history = observe(None, random_velocity(0, 1, 8), None, None, *ONE)
     config = RASConfig(score="centre", prefer="high")
     assert select(config, history, 3, 28).tolist() == [[5, 6, 7]]
 
@@ -171,9 +172,9 @@ def test_patchify_and_unpatchify_are_inverse_and_row_major(seed, batch, h, w, pa
 def test_history_keeps_the_last_two_velocities_of_every_token():
     first, second, third = (random_velocity(i, 1, 4) for i in range(3))
     active = torch.tensor([[0, 2]])
-    history = observe(None, first, None, None, torch.tensor(1.0), seed=7)
-    history = observe(history, second, first, active, torch.tensor(0.8))
-    history = observe(history, third, history.last, active[:, :1], torch.tensor(0.5))
+    history = observe(None, first, None, None, *ONE, seed=7)
+    history = observe(history, second, first, active, torch.tensor(0.8), torch.tensor(0.5))
+    history = observe(history, third, history.last, active[:, :1], torch.tensor(0.5), torch.tensor(0.2))
     assert history.velocity.equal(
         torch.stack((third[0, 0], first[0, 1], second[0, 2], first[0, 3]))[None]
     )

@@ -1,0 +1,111 @@
+"""One prompt and seed, drawn densely, with RAS at some ratios, and with fewer dense steps.
+
+    python examples/compare.py "a red apple on a sky blue background"
+    python examples/compare.py "a fox" --ratios 0.5 0.25 --steps-map steps.png --gif active.gif
+
+The fewer dense steps cost as much as the RAS run beside them. Under each picture: its share of the
+token-steps, its seconds, and its PSNR to the dense picture, in decibels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from pictures import check_writable, heat_image, labelled, save, sheet, step_map
+
+import minidit
+import ras
+
+
+def main() -> None:
+    args = parse_args()
+    for path in filter(None, (args.out, args.steps_map, args.gif)):
+        check_writable(path)
+    pipe = minidit.load(args.model, device=args.device)
+    steps = args.steps or pipe.scheduler.default_steps
+    preset = ras.RASConfig.preset(args.ras_preset)
+
+    def draw(steps: int, config: ras.RASConfig | None) -> tuple[minidit.Output, float]:
+        begin = time.perf_counter()
+        out = pipe(args.prompt, steps=steps, seed=args.seed, ras=config, progress=True)
+        return out, time.perf_counter() - begin
+
+    dense, seconds = draw(steps, None)
+    reference = dense.images[0]
+    rows = [[labelled(reference, f"dense, {steps} steps\n100 %, {seconds:.1f} s")]]
+    for ratio in args.ratios:
+        out, seconds = draw(steps, dataclasses.replace(preset, ratio=ratio))
+        fewer = max(1, round(out.trace.share * steps))
+        plain, plain_seconds = draw(fewer, None)
+        texts = [
+            f"RAS, {ratio:.0%} active, {steps} steps\n"
+            f"{out.trace.share:.0%}, {seconds:.1f} s, {psnr(out.images[0], reference):.1f} dB",
+            "how often active\nblue never, yellow always",
+            f"dense, {fewer} steps\n{fewer / steps:.0%}, {plain_seconds:.1f} s, "
+            f"{psnr(plain.images[0], reference):.1f} dB",
+        ]
+        heat = heat_image(out.trace.heat(), reference.size)
+        images = (out.images[0], heat, plain.images[0])
+        rows.append([labelled(image, text) for image, text in zip(images, texts, strict=True)])
+    save(sheet(rows), args.out)
+    print(f"wrote {args.out}")
+    if args.steps_map:
+        save(steps_figure(out), args.steps_map)
+        print(f"wrote {args.steps_map}")
+    if args.gif:
+        frames = [side_by_side(out, t) for t in range(steps)]
+        save(frames[0], args.gif, save_all=True, append_images=frames[1:], duration=150, loop=0)
+        print(f"wrote {args.gif}")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Dense, RAS and fewer dense steps side by side.")
+    add = parser.add_argument
+    add("prompt", nargs="?", default="a red apple on a sky blue background")
+    add("--model", default="mini-sd3")
+    add("--ratios", type=float, nargs="+", default=[0.5, 0.25])
+    add("--ras-preset", default="default")
+    add("--steps", type=int)
+    add("--seed", type=int, default=0)
+    add("--device", default="cpu")
+    add("--out", type=Path, default=Path("compare.png"))
+    add("--steps-map", type=Path, metavar="FILE", help="active tokens of every step, last ratio")
+    add("--gif", type=Path, metavar="FILE", help="the same as an animation")
+    return parser.parse_args()
+
+
+def psnr(image: Image.Image, reference: Image.Image) -> float:
+    """Peak signal-to-noise ratio of two pictures of one size, in decibels."""
+    difference = np.asarray(image, dtype=float) - np.asarray(reference, dtype=float)
+    mse = np.square(difference).mean()
+    return 10 * math.log10(255**2 / mse) if mse else math.inf
+
+
+def steps_figure(out: minidit.Output, columns: int = 7, side: int = 96) -> Image.Image:
+    """The active tokens of every step, and the picture at the end."""
+    trace, width = out.trace, side * out.images[0].width // out.images[0].height
+    cells = [
+        labelled(step_map(trace, t, (width, side)), f"{t}: {'regional' if s.regional else 'dense'}")
+        for t, s in enumerate(trace.steps)
+    ]
+    return sheet([cells[i : i + columns] for i in range(0, len(cells), columns)])
+
+
+def side_by_side(out: minidit.Output, step: int) -> Image.Image:
+    """One frame of the animation: the final picture beside the tokens that the step computed."""
+    image = out.images[0]
+    return sheet([[image, step_map(out.trace, step, image.size)]])
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError, KeyError, RuntimeError) as error:
+        sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")

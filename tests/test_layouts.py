@@ -1,0 +1,338 @@
+"""Every published layout: the official files by name and shape, tiny models to the bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from weight_files import (
+    CLASS,
+    LUMINA,
+    MMDIT,
+    NEXTDIT,
+    SD3,
+    lumina_tensors,
+    manifests,
+    same_bits,
+    sd3_tensors,
+    to_sai,
+    write_component,
+    write_folder,
+    write_header,
+    write_lumina_t2x,
+    write_single,
+    write_tokenizers,
+)
+
+from weights.convert import convert
+from weights.load import load_component, load_module, load_parts
+from weights.model import open_model, read_parts
+from weights.networks import build, read_part
+
+MANIFESTS = manifests()
+COMPONENT = {  # the manifests of diffusers folders -> which folder
+    "diffusers_sd3.5_large_transformer": "transformer",
+    "diffusers_sd3.5_medium_transformer": "transformer",
+    "diffusers_sd3_medium_transformer": "transformer",
+    "diffusers_sd3.5_vae_bf16": "vae",
+    "diffusers_sd3_vae_f16": "vae",
+    "diffusers_sd3_text_encoder": "text_encoder",
+    "diffusers_sd3_text_encoder_2": "text_encoder_2",
+    "diffusers_sd3_text_encoder_3": "text_encoder_3",
+    "gemma_2b": "text_encoder",
+    "lumina_next_sft_diffusers_text_encoder": "text_encoder",
+    "lumina_next_sft_diffusers_transformer": "transformer",
+    "lumina_next_sft_diffusers_vae": "vae",
+}
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_every_tensor_of_every_official_file_has_its_place(name: str, tmp_path: Path) -> None:
+    manifest = MANIFESTS[name]
+    for file, tensors in manifest["files"].items():
+        write_header(tmp_path / file, tensors)
+    if name in COMPONENT:
+        (tmp_path / "config.json").write_text(json.dumps(manifest["config"]))
+        parts = [read_part(tmp_path, COMPONENT[name])]
+        if parts[0].kind == "nextdit":  # its folders hold both queries
+            config = parts[0].config
+            parts = [
+                parts[0]._replace(config=type(config)(**vars(config) | {"shared_query": False}))
+            ]
+    else:
+        parts = list(read_parts(tmp_path / next(iter(manifest["files"])))[1].values())
+    consumed = 0
+    for part in parts:
+        module, plan = build(part)
+        shapes = {key: tensor.shape for key, tensor in module.state_dict().items()}
+        assert plan.keys() == shapes.keys()
+        consumed += len({key for recipe in plan.values() for key in recipe.names})
+    assert consumed == sum(len(tensors) for tensors in manifest["files"].values())
+
+
+def test_sizes_read_from_official_shapes(tmp_path: Path) -> None:
+    for manifest in MANIFESTS.values():
+        file = next(iter(manifest["files"]))
+        write_header(tmp_path / file, manifest["files"][file])
+    folders = {
+        "sd3_medium_incl_clips_t5xxlfp16.safetensors": "diffusers_sd3_medium_transformer",
+        "sd3.5_medium.safetensors": "diffusers_sd3.5_medium_transformer",
+        "sd3.5_large.safetensors": "diffusers_sd3.5_large_transformer",
+        "sd3.5_large_turbo.safetensors": "diffusers_sd3.5_large_transformer",
+        "consolidated_ema.00-of-01.safetensors": "lumina_next_sft_diffusers_transformer",
+    }
+    for file, manifest in folders.items():
+        official = MANIFESTS[manifest]["config"]
+        read = vars(read_parts(tmp_path / file)[1]["transformer"].config)
+        for key in official.keys() & read.keys():
+            value = tuple(official[key]) if isinstance(official[key], list) else official[key]
+            assert read[key] == value, (file, key)
+    parts = read_parts(tmp_path / "sd3_medium_incl_clips_t5xxlfp16.safetensors")[1]
+    for name, manifest in {
+        "vae": "diffusers_sd3_vae_f16",
+        "text_encoder": "diffusers_sd3_text_encoder",
+        "text_encoder_2": "diffusers_sd3_text_encoder_2",
+        "text_encoder_3": "diffusers_sd3_text_encoder_3",
+    }.items():
+        official, read = MANIFESTS[manifest]["config"], vars(parts[name].config)
+        for key in official.keys() & read.keys():
+            value = tuple(official[key]) if isinstance(official[key], list) else official[key]
+            assert read[key] == value, (name, key)
+
+
+@pytest.fixture(scope="module")
+def sd3(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    """A tiny SD3.5 as a folder, and loaded from it."""
+    folder = write_folder(tmp_path_factory.mktemp("sd3") / "model", "sd3", sd3_tensors())
+    return folder, load_parts(folder)[1]
+
+
+@pytest.fixture(scope="module")
+def lumina(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    """A tiny Lumina-Next as a folder, and loaded from it."""
+    folder = write_folder(tmp_path_factory.mktemp("lumina") / "model", "lumina", lumina_tensors())
+    return folder, load_parts(folder)[1]
+
+
+def same_model(path: Path, expected: dict, **options: object) -> None:
+    loaded = load_parts(path, **options)[1]
+    assert loaded.keys() == expected.keys()
+    for name, part in expected.items():
+        if isinstance(part, torch.nn.Module):
+            assert same_bits(loaded[name], part), name
+            assert loaded[name].config == part.config, name
+    assert loaded["scheduler"] == expected["scheduler"]
+
+
+def test_single_file_with_all_encoders(sd3, tmp_path: Path) -> None:
+    path = write_single(tmp_path / "all.safetensors", sd3_tensors())
+    write_tokenizers(tmp_path, "sd3")
+    same_model(path, sd3[1])
+    same_model(tmp_path, sd3[1])  # the folder that the file is in
+
+
+@pytest.mark.parametrize("below", ["", "text_encoders"])
+def test_encoders_beside_a_single_file(below: str, sd3, tmp_path: Path) -> None:
+    parts = sd3_tensors()
+    path = write_single(tmp_path / "m.safetensors", {k: parts[k] for k in ("transformer", "vae")})
+    (tmp_path / below).mkdir(exist_ok=True)
+    files = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl_fp16"}
+    for name, file in files.items():
+        save_file(to_sai(name, parts[name]), tmp_path / below / f"{file}.safetensors")
+    write_tokenizers(tmp_path, "sd3")
+    same_model(path, sd3[1])
+    same_model(path, {**sd3[1], "text_encoder_3": None}, t5=False)
+
+
+def test_encoders_named(sd3, tmp_path: Path) -> None:
+    parts = sd3_tensors()
+    (tmp_path / "a").mkdir()
+    path = write_single(
+        tmp_path / "a" / "m.safetensors", {k: parts[k] for k in ("transformer", "vae")}
+    )
+    extra = []
+    for i, name in enumerate(("text_encoder_3", "text_encoder", "text_encoder_2")):
+        extra.append(tmp_path / f"{i}.safetensors")  # told apart by their tensors, not their names
+        save_file(to_sai(name, parts[name]), extra[-1])
+    write_tokenizers(tmp_path / "b", "sd3")
+    same_model(path, sd3[1], extra=[*extra, tmp_path / "b"])
+    with pytest.raises(ValueError, match="again in"):
+        load_parts(path, extra=[extra[0], extra[0]])
+
+
+def test_eight_bit_t5_is_upcast(sd3, tmp_path: Path) -> None:
+    parts = sd3_tensors()
+    eight = {k: t.to(torch.float8_e4m3fn) for k, t in parts["text_encoder_3"].items()}
+    path = write_single(tmp_path / "all.safetensors", {**parts, "text_encoder_3": eight})
+    write_tokenizers(tmp_path, "sd3")
+    t5 = load_parts(path, dtype=torch.bfloat16)[1]["text_encoder_3"]
+    assert t5.token_embed.weight.dtype == torch.bfloat16
+    assert torch.equal(t5.token_embed.weight.float(), eight["shared.weight"].float())
+
+
+@pytest.mark.parametrize("end", ["safetensors", "pth"])
+def test_lumina_original(end: str, lumina, tmp_path: Path) -> None:
+    parts = lumina_tensors()
+    path = write_lumina_t2x(tmp_path, parts["transformer"], end)
+    for name in ("vae", "text_encoder"):
+        write_component(tmp_path / name, name, *LUMINA[name], parts[name])
+    write_tokenizers(tmp_path, "lumina")
+    same_model(path, lumina[1])
+    assert load_component(path, "transformer").config == NEXTDIT
+
+
+def test_lumina_original_folder_prefers_averaged_weights(tmp_path: Path) -> None:
+    parts = lumina_tensors()
+    path = write_lumina_t2x(tmp_path, parts["transformer"])
+    (tmp_path / "consolidated.00-of-01.safetensors").write_bytes(b"not looked at")
+    assert open_model(tmp_path).where == path
+
+
+def test_second_query_is_kept_only_if_it_differs(tmp_path: Path) -> None:
+    tensors = lumina_tensors()["transformer"]
+    write_component(tmp_path / "a" / "transformer", "transformer", "nextdit", NEXTDIT, tensors)
+    assert load_component(tmp_path / "a", "transformer").config.shared_query
+    assert not load_component(tmp_path / "a", "transformer", "meta").config.shared_query
+    tensors["layers.1.attn2.norm_q.bias"][3] += 1
+    write_component(tmp_path / "b" / "transformer", "transformer", "nextdit", NEXTDIT, tensors)
+    loaded = load_component(tmp_path / "b", "transformer")
+    assert not loaded.config.shared_query
+    first, second = loaded.blocks[1].attn.q_norm.bias, loaded.blocks[1].attn.context_q_norm.bias
+    assert (first != second).sum() == 1
+
+
+def test_gemma_with_prefix_and_tied_head(tmp_path: Path) -> None:
+    kind, config = LUMINA["text_encoder"]
+    tensors = lumina_tensors()["text_encoder"]
+    write_component(tmp_path / "a" / "text_encoder", "text_encoder", kind, config, tensors)
+    prefixed = {"model." + key: tensor for key, tensor in tensors.items()}
+    prefixed["lm_head.weight"] = tensors["embed_tokens.weight"].clone()
+    write_component(tmp_path / "b" / "text_encoder", "text_encoder", kind, config, prefixed)
+    bare, other = (load_component(tmp_path / x, "text_encoder") for x in "ab")
+    assert same_bits(bare, other)
+
+
+@pytest.mark.parametrize("conv", [False, True])
+def test_vae_with_old_attention_names(conv: bool, sd3, tmp_path: Path) -> None:
+    tensors = {}
+    for key, tensor in sd3_tensors()["vae"].items():
+        for new, old in {
+            "to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"
+        }.items():  # fmt: skip
+            if new in key:
+                key = key.replace(new, old)
+                tensor = tensor[:, :, None, None] if conv and tensor.ndim == 2 else tensor
+        tensors[key] = tensor.contiguous()
+    write_component(tmp_path / "vae", "vae", *SD3["vae"], tensors)
+    assert same_bits(load_component(tmp_path, "vae"), sd3[1]["vae"])
+
+
+def test_clip_without_projection(sd3, tmp_path: Path) -> None:
+    kind, config = SD3["text_encoder"]
+    tensors = sd3_tensors()["text_encoder"]
+    del tensors["text_projection.weight"]
+    tensors["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    write_component(tmp_path / "text_encoder", "text_encoder", kind, config, tensors)
+    with pytest.raises(ValueError, match="1 tensors missing .text_projection.weight"):
+        load_component(tmp_path, "text_encoder")
+    path = tmp_path / "text_encoder" / "config.json"
+    values = json.loads(path.read_text()) | {"architectures": ["CLIPTextModel"]}
+    path.write_text(json.dumps(values))
+    assert same_bits(load_component(tmp_path, "text_encoder"), sd3[1]["text_encoder"])
+
+
+@pytest.mark.parametrize(
+    "names", [["shared"], ["encoder.embed_tokens"], ["shared", "encoder.embed_tokens"]]
+)
+def test_t5_embedding_by_either_name(names: list[str], sd3, tmp_path: Path) -> None:
+    kind, config = SD3["text_encoder_3"]
+    tensors = sd3_tensors()["text_encoder_3"]
+    shared = tensors.pop("shared.weight")
+    tensors |= {f"{name}.weight": shared.clone() for name in names}
+    write_component(tmp_path / "text_encoder_3", "text_encoder_3", kind, config, tensors)
+    assert same_bits(load_component(tmp_path, "text_encoder_3"), sd3[1]["text_encoder_3"])
+    if len(names) == 2:
+        tensors["shared.weight"][0, 0] += 1
+        save_file(tensors, tmp_path / "text_encoder_3" / "model.safetensors")
+        with pytest.raises(ValueError, match="must be the same and are not"):
+            load_component(tmp_path, "text_encoder_3")
+
+
+def test_convert_single_file(sd3, tmp_path: Path) -> None:
+    path = write_single(tmp_path / "all.safetensors", sd3_tensors())
+    write_tokenizers(tmp_path, "sd3")
+    convert(path, tmp_path / "out")
+    same_model(tmp_path / "out", sd3[1])
+    for name, tensors in sd3_tensors().items():  # as diffusers would have written it
+        stem = "model" if name.startswith("text") else "diffusion_pytorch_model"
+        written = load_file(tmp_path / "out" / name / f"{stem}.safetensors")
+        assert written.keys() == tensors.keys()
+        assert all(torch.equal(written[key], tensors[key]) for key in tensors), name
+    config = json.loads((tmp_path / "out" / "transformer" / "config.json").read_text())
+    assert config["_class_name"] == CLASS["mmdit"]["_class_name"]
+    assert config["dual_attention_layers"] == list(MMDIT.dual_attention_layers)
+
+
+@pytest.mark.parametrize("end", ["safetensors", "pth"])
+def test_convert_lumina_original(end: str, lumina, tmp_path: Path) -> None:
+    parts = lumina_tensors()
+    path = write_lumina_t2x(tmp_path, parts["transformer"], end)
+    model = convert(path, tmp_path / "out")
+    assert set(model.missing) == {"vae", "text_encoder", "tokenizer"}
+    assert same_bits(load_component(tmp_path / "out", "transformer"), lumina[1]["transformer"])
+    with pytest.raises(FileNotFoundError, match="lacks vae, text_encoder, tokenizer"):
+        load_parts(tmp_path / "out")
+    written = load_file(tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert written.keys() == parts["transformer"].keys()
+    assert all(torch.equal(written[key], parts["transformer"][key]) for key in written)
+
+
+def test_convert_folder_again(sd3, lumina, tmp_path: Path) -> None:
+    for name, (folder, expected) in {"sd3": sd3, "lumina": lumina}.items():
+        convert(folder, tmp_path / name)
+        same_model(tmp_path / name, expected)
+
+
+def test_parts_of_different_models_do_not_mix(sd3, tmp_path: Path) -> None:
+    parts = sd3_tensors()
+    parts["text_encoder"] = {k: t.clone() for k, t in parts["text_encoder_2"].items()}
+    path = write_single(tmp_path / "all.safetensors", parts)
+    with pytest.raises(ValueError, match="pooled_projection_dim is 192, but both CLIPs gives 256"):
+        open_model(path)
+
+
+def test_wrong_encoder_under_an_official_name(tmp_path: Path) -> None:
+    parts = sd3_tensors()
+    path = write_single(tmp_path / "m.safetensors", {k: parts[k] for k in ("transformer", "vae")})
+    save_file(parts["text_encoder_2"], tmp_path / "clip_l.safetensors")
+    with pytest.raises(ValueError, match="holds text_encoder_2, must hold text_encoder"):
+        open_model(path)
+
+
+def test_single_file_says_once_what_it_lacks(tmp_path: Path) -> None:
+    parts = sd3_tensors()
+    path = write_single(tmp_path / "m.safetensors", {k: parts[k] for k in ("transformer", "vae")})
+    with pytest.raises(FileNotFoundError) as error:
+        load_parts(path)
+    message = str(error.value)
+    for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
+        assert message.count(f"'{name}/*'") == 1
+    assert "stabilityai/stable-diffusion-3-medium-diffusers" in message
+    assert "text_encoder_3" not in message  # T5 is optional
+    with pytest.raises(FileNotFoundError, match="comes without tokenizer"):
+        load_component(path, "tokenizer")
+    assert load_component(path, "scheduler").shift == 3.0
+    part = read_parts(path)[1]["vae"]
+    assert same_bits(load_component(path, "vae"), load_module(part))
+
+
+def test_turbo_defaults_go_by_the_name(tmp_path: Path) -> None:
+    parts = {"transformer": sd3_tensors()["transformer"]}
+    plain = open_model(write_single(tmp_path / "sd3.5_large.safetensors", parts)).scheduler
+    turbo = open_model(write_single(tmp_path / "sd3.5_large_turbo.safetensors", parts)).scheduler
+    assert (plain.default_steps, plain.default_guidance) == (28, 7.0)
+    assert (turbo.default_steps, turbo.default_guidance) == (4, 1.0)
+    assert turbo.shift == plain.shift == 3.0

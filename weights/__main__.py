@@ -1,0 +1,112 @@
+"""python -m weights inspect PATH | convert PATH FOLDER"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+
+from weights.convert import convert
+from weights.files import stored_bytes
+from weights.model import COMPONENTS, FAMILIES, Model, open_model
+from weights.networks import Part, build
+from weights.resolve import resolve
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m weights", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    inspect = commands.add_parser("inspect", help="say what a model is and what it lacks to run")
+    write = commands.add_parser("convert", help="write a model in the diffusers folder layout")
+    for command in (inspect, write):
+        command.add_argument("path", help="folder, single file or hub id")
+        command.add_argument(
+            "--with", dest="extra", action="append", default=[], metavar="PATH",
+            help="a file or folder with what is not beside a single file (may be repeated)",
+        )  # fmt: skip
+        command.add_argument("--no-t5", action="store_true", help="leave the T5 encoder out")
+    write.add_argument("out", help="the folder to write, which must not exist")
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "inspect":
+            return _inspect(options)
+        model = convert(options.path, options.out, not options.no_t5, options.extra, report=print)
+    except (ValueError, OSError, MemoryError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"wrote {options.out}")
+    for name, reason in model.missing.items():
+        print(f"without {name}: {reason}")
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    names = [n for n in COMPONENTS if n != "text_encoder_3" or not options.no_t5]
+    path = resolve(options.path, names, weights=False)
+    extra = [resolve(place, names, weights=False) for place in options.extra]
+    model = open_model(path, not options.no_t5, extra)
+    lines, sound = describe(model)
+    print("\n".join(lines))
+    return 0 if sound else 1
+
+
+def describe(model: Model) -> tuple[list[str], bool]:
+    """What a model is, one line a component, and whether all its files are sound."""
+    family = FAMILIES.get(model.family or "")
+    title = family.title if family else "not a whole model"
+    if family and getattr(model.parts["transformer"].config, "qk_norm", None) == "rms_norm":
+        title = "Stable Diffusion 3.5"
+    lines, sound = [f"{model.where}: {title}, {model.layout}"], True
+    for name in COMPONENTS:
+        if name in model.parts:
+            text, fits = _describe_part(model.parts[name], name in model.missing)
+            sound &= fits
+        elif name in model.tokenizers:
+            text = f"in {model.tokenizers[name]}"
+        elif name == "scheduler" and model.scheduler:
+            config = model.scheduler
+            text = f"shift {config.shift:g}, {config.default_steps} steps of guidance "
+            text += f"{config.default_guidance:g} unless told otherwise"
+        elif name in model.missing:
+            text = ""
+        else:
+            continue
+        if name in model.missing:
+            text = f"{text}; MISSING: {model.missing[name]}".removeprefix("; ")
+        lines.append(f"  {name:15} {text}")
+    if family and not model.missing:
+        lines.append("nothing is missing to run it" if sound else "it cannot run as it is")
+    elif family:
+        lines.append(f"to run it, get {', '.join(model.missing)} (see {family.repo} on the hub)")
+    return lines, sound
+
+
+def _describe_part(part: Part, missing: bool) -> tuple[str, bool]:
+    config = part.config
+    layers = getattr(config, "num_layers", None) or getattr(config, "num_hidden_layers", None)
+    for field in ("width", "hidden_size", "d_model"):
+        width = getattr(config, field, None)
+        if width:
+            break
+    size = f"{layers} layers of width {width}"
+    if part.kind == "vae":
+        size = f"{config.latent_channels} channels, widths {list(config.block_out_channels)}"
+    try:
+        # a missing part has a config, but no tensors to compare it with
+        module = None if missing else build(part)[0]
+    except ValueError as error:
+        return f"{part.kind}, {size}; UNSOUND: {error}", False
+    if module is None:
+        return f"{part.kind}, {size}", True
+    values = sum(math.prod(tensor.shape) for tensor in module.state_dict().values())
+    kinds = sorted({str(t.dtype).removeprefix("torch.") for t in part.stored.values()})
+    stored = sum(stored_bytes(t) for t in part.stored.values())
+    return (
+        f"{type(module).__name__}, {size}, {values / 1e6:.1f} M values, "
+        f"stored as {' and '.join(kinds)}, {stored / 1e9:.2f} GB"
+    ), True
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,290 @@
+"""Tensors in files: headers first, then data row by row.
+
+A safetensors file is 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}
+and the tensors' bytes back to back. We check the header ourselves, against the file's size, and
+read plainly: the pages of a memory-mapped file count as memory of the process, and mapping a 16 GB
+file can fail outright on a small machine, so this is what keeps the peak at the model's own size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+CHUNK = 2**22  # bytes read at a time
+MAX_HEADER = 10**8  # bytes, the limit of the format; official headers are below 300 KB
+MAX_JSON = 10**7  # bytes of a config or an index
+
+
+class Stored(NamedTuple):
+    """One tensor as a file's header describes it: nothing of its data has been read."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int  # of its first byte in the file
+    data: Tensor | None = None  # the mapped tensor, for a .pth file
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+
+Tensors = Mapping[str, Stored]
+
+
+def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """The tensors and the metadata of a .safetensors file, from its header alone.
+
+    Raises FileNotFoundError, or ValueError where the file is not sound safetensors.
+    """
+    size = file_size(path)
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 10 or length > min(size - 8, MAX_HEADER):
+            raise ValueError(
+                f"{path} is not a whole safetensors file: its header claims {length} bytes, "
+                f"the file has {size}"
+            )
+        header = parse_json(file.read(length), path)
+    metadata = header.pop("__metadata__", {})
+    start = 8 + length
+    tensors = {name: _entry(path, name, entry, start) for name, entry in header.items()}
+    end = start
+    for name, t in sorted(
+        tensors.items(), key=lambda item: (item[1].offset, stored_bytes(item[1]))
+    ):
+        if t.offset != end:
+            raise ValueError(f"{path} is damaged: the data of {name} does not follow its neighbour")
+        end += stored_bytes(t)
+    if end != size:
+        raise ValueError(
+            f"{path} is cut or damaged: its tensors end at byte {end}, the file at {size}"
+        )
+    return tensors, metadata if isinstance(metadata, dict) else {}
+
+
+def _entry(path: Path, name: str, entry: Any, start: int) -> Stored:
+    """One line of a safetensors header, checked."""
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        numbers = (begin, end, *shape)
+        sound = all(type(n) is int and 0 <= n < 2**48 for n in numbers) and len(shape) <= 8
+    except (TypeError, KeyError, ValueError):
+        sound = False
+    if not sound:
+        raise ValueError(f"{path} is damaged: its header has no dtype, shape and offsets of {name}")
+    if dtype not in DTYPES:
+        raise ValueError(f"{path} stores {name} as {dtype!r}, which is not supported")
+    stored = Stored(path, DTYPES[dtype], tuple(shape), start + begin)
+    if end - begin != stored_bytes(stored):
+        raise ValueError(
+            f"{path} is damaged: {name} takes {end - begin} bytes, "
+            f"its shape {list(shape)} in {dtype} needs {stored_bytes(stored)}"
+        )
+    return stored
+
+
+def stored_bytes(t: Stored) -> int:
+    return math.prod(t.shape) * t.dtype.itemsize
+
+
+def read_rows(t: Stored, start: int, stop: int) -> Tensor:
+    """Rows start..stop of a stored tensor along its first dimension, as stored."""
+    if t.data is not None:
+        return t.data[start:stop]
+    buffer = bytearray((stop - start) * t.row_bytes)
+    with open(t.file, "rb") as file:
+        file.seek(t.offset + start * t.row_bytes)
+        if file.readinto(buffer) != len(buffer):
+            raise ValueError(f"{t.file} ends before its tensors do: it changed while being read")
+    return torch.frombuffer(buffer, dtype=t.dtype).reshape(stop - start, *t.shape[1:])
+
+
+def row_chunks(t: Stored, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """(first, last + 1) rows of pieces of about CHUNK bytes that cover start..stop."""
+    rows = max(1, CHUNK // t.row_bytes)
+    for first in range(start, stop, rows):
+        yield first, min(first + rows, stop)
+
+
+def read_torch(path: Path) -> dict[str, Stored]:
+    """The tensors of a .pth file, mapped and not read; its pickle may hold nothing else.
+
+    Raises FileNotFoundError or ValueError.
+    """
+    state = _unpickle(path)
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) and tensor.is_contiguous()
+        for name, tensor in state.items()
+    ):
+        raise ValueError(f"{path} must hold a dict of tensors and nothing else")
+    stored = {
+        name: Stored(path, tensor.dtype, tuple(tensor.shape), 0, tensor.detach())
+        for name, tensor in state.items()
+    }
+    if sum(stored_bytes(tensor) for tensor in stored.values()) > file_size(path):
+        raise ValueError(f"{path} claims more data than it has")
+    return stored
+
+
+def read_namespace(path: Path) -> dict[str, Any]:
+    """The fields of an argparse.Namespace saved by torch, such as Lumina's model_args.pth."""
+    value = _unpickle(path)
+    if not isinstance(value, argparse.Namespace):
+        raise ValueError(f"{path} holds a {type(value).__name__}, must hold an argparse.Namespace")
+    return vars(value)
+
+
+def _unpickle(path: Path) -> Any:
+    """A file of torch.save; only tensors, plain values and argparse.Namespace are let in."""
+    file_size(path)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # torch.load has no error of its own for damaged files
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} cannot be read by torch.load: {reason:.200}") from None
+
+
+def shape_of(stored: Tensors, name: str, dims: int) -> tuple[int, ...]:
+    """The shape of a tensor that sizes are read from; ValueError without it, or if it has another
+    number of dimensions or a zero."""
+    shape = stored[name].shape if name in stored else None
+    if shape is None or len(shape) != dims or 0 in shape:
+        is_ = "missing" if shape is None else f"of shape {list(shape)}"
+        raise ValueError(f"{name} is {is_}, must have {dims} dimensions: sizes are read from it")
+    return shape
+
+
+def count(stored: Tensors, prefix: str) -> int:
+    """How many different numbers follow a prefix: how many layers there are."""
+    return len({name[len(prefix) :].split(".")[0] for name in stored if name.startswith(prefix)})
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object; ValueError or FileNotFoundError says what is wrong."""
+    size = file_size(path)
+    if size > MAX_JSON:
+        raise ValueError(f"{path} has {size} bytes, a config has at most {MAX_JSON}")
+    return parse_json(path.read_bytes(), path)
+
+
+def parse_json(data: bytes, path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} does not hold JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a JSON {type(value).__name__}, must be an object")
+    return value
+
+
+def file_size(path: Path) -> int:
+    try:
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no file {path}")
+        return os.path.getsize(path)
+    except (OSError, ValueError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise ValueError(f"cannot read {path}: {error}") from None
+
+
+def find_tensors(folder: Path, stem: str) -> dict[str, Stored]:
+    """The tensors of one component folder, wherever its published layout put them.
+
+    In this order: one file, shards with an index, shards without; then the same with a variant,
+    such as .fp16, where there is no plain one. Raises FileNotFoundError or ValueError.
+    """
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    variants = [""] + sorted(
+        {"." + match[1] for name in names if (match := re.match(_variant_name(stem), name))}
+    )
+    for variant in variants:
+        plain = f"{stem}{variant}.safetensors"
+        if plain in names:
+            return read_header(folder / plain)[0]
+        index = f"{stem}.safetensors.index{variant}.json"
+        if index in names:
+            return _indexed(folder, index)
+        shards = [n for n in names if re.match(rf"{re.escape(stem + variant)}-\d+-of-\d+\.saf", n)]
+        if shards:
+            return _unindexed(folder, stem + variant, shards)
+    old = [name for name in names if name.endswith((".bin", ".ckpt", ".pth", ".pt"))]
+    if old:
+        raise FileNotFoundError(
+            f"{folder} has only {old[0]}: convert it to safetensors or fetch the .safetensors file"
+        )
+    raise FileNotFoundError(f"there is no {stem}.safetensors in {folder}")
+
+
+def _variant_name(stem: str) -> str:
+    stem = re.escape(stem)
+    return rf"{stem}(?:\.safetensors\.index)?\.(\w+?)(?:-\d+-of-\d+)?\.(?:safetensors|json)$"
+
+
+def _indexed(folder: Path, index: str) -> dict[str, Stored]:
+    """Sharded tensors, each from the shard where the index says it is."""
+    where = read_json(folder / index).get("weight_map")
+    if not isinstance(where, dict) or not all(type(file) is str for file in where.values()):
+        raise ValueError(f"{folder / index} has no weight_map of tensor names to file names")
+    for file in where.values():
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise ValueError(f"{folder / index} names the shard {file!r}, which is no file name")
+    merged = _merge(folder, sorted(set(where.values())))
+    for name, file in where.items():
+        if name not in merged or merged[name].file.name != file:
+            raise ValueError(f"{folder / index} says that {name} is in {file}, but it is not")
+    lost = sorted(set(merged) - set(where))
+    if lost:
+        raise ValueError(f"{folder / index} does not list {lost[0]}, which is in a shard")
+    return merged
+
+
+def _unindexed(folder: Path, stem: str, shards: list[str]) -> dict[str, Stored]:
+    """Shards 1..N as their own names count them."""
+    counts = sorted({name.rsplit("-of-", 1)[1] for name in shards})
+    if len(counts) > 1:
+        raise ValueError(f"{folder} mixes shards of {' and of '.join(counts)}")
+    total = int(counts[0].removesuffix(".safetensors"))
+    if total != len(shards):
+        raise FileNotFoundError(
+            f"{folder} has {len(shards)} of the {total} shards of {stem}: fetch the others"
+        )
+    return _merge(folder, shards)
+
+
+def _merge(folder: Path, shards: list[str]) -> dict[str, Stored]:
+    merged: dict[str, Stored] = {}
+    for shard in shards:
+        tensors, _ = read_header(folder / shard)
+        twice = sorted(set(merged) & set(tensors))
+        if twice:
+            other = merged[twice[0]].file.name
+            raise ValueError(f"{twice[0]} is in two shards of {folder}: {other} and {shard}")
+        merged.update(tensors)
+    return merged

@@ -1,0 +1,369 @@
+"""What is in a folder or a file: the parts of a model, found and named, before any data is read.
+
+Three layouts are published: a folder with one subfolder per component (the diffusers layout), the
+single files of Stability AI with their separate text encoders, and the files of Lumina-T2X.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from minidit.flow import SchedulerConfig
+from weights import lumina, sd3
+from weights.files import Tensors, read_header, read_json, read_namespace, read_torch
+from weights.networks import ROLES, Part, config_from_json, read_config, read_part
+
+COMPONENTS = (
+    "transformer",
+    "vae",
+    "text_encoder",
+    "text_encoder_2",
+    "text_encoder_3",
+    "tokenizer",
+    "tokenizer_2",
+    "tokenizer_3",
+    "scheduler",
+)
+TOKENIZER_FILES = {  # what tells a tokenizer's kind -> what else it reads
+    "vocab.json": ("merges.txt", "tokenizer_config.json", "special_tokens_map.json"),
+    "spiece.model": ("tokenizer_config.json",),
+    "tokenizer.model": ("tokenizer_config.json",),
+}
+
+
+class Family(NamedTuple):
+    """What a model of a family consists of, and where to get what a file lacks."""
+
+    title: str
+    needs: tuple[str, ...]
+    steps: int  # to sample with where the files do not say: the official pipelines' defaults
+    guidance: float
+    shift: float  # of the noise schedule, for files without a scheduler
+    repo: str  # has every component as a folder
+    pipeline: str  # as model_index.json calls it
+
+
+FAMILIES = {
+    "sd3": Family(
+        "Stable Diffusion 3",
+        ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
+        28,
+        7.0,
+        3.0,
+        "stabilityai/stable-diffusion-3-medium-diffusers",
+        "StableDiffusion3Pipeline",
+    ),
+    "lumina": Family(
+        "Lumina-Next",
+        ("transformer", "vae", "text_encoder", "tokenizer"),
+        30,
+        4.0,
+        1.0,
+        "Alpha-VLLM/Lumina-Next-SFT-diffusers",
+        "LuminaPipeline",
+    ),
+}
+# Stability AI's encoder files, looked for beside a single file; the first that is there is taken
+ENCODER_FILES = {
+    "text_encoder": ("clip_l.safetensors",),
+    "text_encoder_2": ("clip_g.safetensors",),
+    "text_encoder_3": (
+        "t5xxl_fp16.safetensors",
+        "t5xxl.safetensors",
+        "t5xxl_fp8_e4m3fn.safetensors",
+    ),
+}
+
+
+@dataclass
+class Model:
+    """The parts of a model that were found, and for those that were not, what is wrong."""
+
+    where: Path
+    layout: str
+    parts: dict[str, Part] = field(default_factory=dict)  # also those of which only the config is
+    tokenizers: dict[str, Path] = field(default_factory=dict)
+    scheduler: SchedulerConfig | None = None
+    missing: dict[str, str] = field(default_factory=dict)  # component -> one sentence
+
+    @property
+    def family(self) -> str | None:
+        """ "sd3" or "lumina"; None where there is no transformer to tell."""
+        kinds = {"mmdit": "sd3", "nextdit": "lumina"}
+        return kinds[self.parts["transformer"].kind] if "transformer" in self.parts else None
+
+
+def open_model(path: Path, t5: bool = True, extra: Sequence[Path] = ()) -> Model:
+    """Find the parts of a model in a local folder or file, from names and headers alone.
+
+    t5      False leaves T5's weights out of SD3
+    extra   more files or folders to look in for what is not beside the model
+    Raises FileNotFoundError or ValueError if there is nothing that can be understood; what is only
+    missing is listed in the model.
+    """
+    file = path if path.is_file() else _one_file(path)
+    model = _open_folder(path, t5) if file is None else _open_file(file, t5, extra)
+    _check_together(model)
+    return model
+
+
+def _open_folder(folder: Path, t5: bool) -> Model:
+    """The diffusers layout."""
+    listed = _listed(folder)
+    model = Model(folder, "folder in the diffusers layout")
+    for name in COMPONENTS:
+        if name not in listed or (name == "text_encoder_3" and not t5):
+            continue
+        try:
+            if name in ROLES:
+                model.parts[name] = read_config(folder / name, name)
+                model.parts[name] = read_part(folder / name, name)
+            elif name == "scheduler":
+                model.scheduler = read_scheduler(folder / name)
+            else:
+                model.tokenizers[name] = find_tokenizer(folder / name)
+        except FileNotFoundError as error:
+            model.missing[name] = str(error)
+    family = FAMILIES.get(model.family or "")
+    if family:
+        for name in (*family.needs, "scheduler"):
+            if name not in listed:
+                model.missing[name] = f"there is no folder {name} in {folder}"
+    if model.scheduler and family:
+        given = read_json(folder / "scheduler" / "scheduler_config.json")
+        model.scheduler = _with_defaults(model.scheduler, family, folder, given)
+    return model
+
+
+def _listed(folder: Path) -> list[str]:
+    """The components that a folder should have: by model_index.json, or else those it has."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        return [name for name in COMPONENTS if (folder / name).is_dir()]
+    values = read_json(index)
+    for name in COMPONENTS:
+        value = values.get(name)
+        if value is not None and not (isinstance(value, list) and len(value) == 2):
+            raise ValueError(f"{index}: {name} is {value!r:.80}, must be a [library, class] pair")
+    return [name for name in COMPONENTS if values.get(name) not in (None, [None, None])]
+
+
+def _one_file(folder: Path) -> Path | None:
+    """The model file of a folder, or None if the folder is in the diffusers layout."""
+    if (folder / "model_index.json").is_file() or (folder / "transformer").is_dir():
+        return None
+    for name in lumina.FILES:
+        if (folder / name).is_file():
+            return folder / name
+    names = sorted(p.name for p in folder.iterdir() if p.suffix == ".safetensors")
+    if names and (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is one component: give the folder that it is in")
+    encoders = {name for files in ENCODER_FILES.values() for name in files}
+    models = [name for name in names if name not in encoders] or names
+    if len(models) > 1:
+        raise ValueError(f"{folder} has several models, name one: {', '.join(models)}")
+    if models:
+        return folder / models[0]
+    if any((folder / name).is_dir() for name in COMPONENTS):
+        return None
+    raise FileNotFoundError(
+        f"{folder} has no model: neither model_index.json nor component folders nor "
+        "a .safetensors file"
+    )
+
+
+def _open_file(path: Path, t5: bool, extra: Sequence[Path]) -> Model:
+    """A single file, with what was named besides and what lies beside it."""
+    layout, parts = read_parts(path)
+    model = Model(path, layout, parts)
+    for place in extra:
+        if place.is_file():
+            _add(model, read_parts(place)[1], place)
+        elif not place.is_dir():
+            raise FileNotFoundError(f"there is no file or folder {place}")
+    if not t5:
+        model.parts.pop("text_encoder_3", None)
+    if model.family is None:
+        return model
+    family = FAMILIES[model.family]
+    for folder in (*(place for place in extra if place.is_dir()), path.parent):
+        _look_in(folder, model, family, t5)
+    model.scheduler = model.scheduler or SchedulerConfig(shift=family.shift)
+    model.scheduler = _with_defaults(model.scheduler, family, path, {})
+    wanted = (*family.needs, *(["tokenizer_3"] if "text_encoder_3" in model.parts else []))
+    for name in wanted:
+        if name not in model.parts and name not in model.tokenizers:
+            model.missing[name] = f"{path} comes without {name}, and it is not beside it"
+    return model
+
+
+def _look_in(folder: Path, model: Model, family: Family, t5: bool) -> None:
+    """Add what a folder has of the components that a file lacks."""
+    optional = ("text_encoder_3", "tokenizer_3") if family is FAMILIES["sd3"] else ()
+    for name in (*family.needs, *optional, "scheduler"):
+        here = folder / name
+        if name == "scheduler":
+            if model.scheduler is None and (here / "scheduler_config.json").is_file():
+                model.scheduler = read_scheduler(here)
+        elif name.startswith("tokenizer"):
+            if name not in model.tokenizers and here.is_dir():
+                model.tokenizers[name] = find_tokenizer(here)
+        elif name in model.parts or (name == "text_encoder_3" and not t5):
+            continue
+        elif (here / "config.json").is_file():
+            model.parts[name] = read_part(here, name)
+        elif family is FAMILIES["sd3"]:
+            places = (folder, folder / "text_encoders")
+            files = [p / file for file in ENCODER_FILES.get(name, ()) for p in places]
+            for file in [file for file in files if file.is_file()][:1]:
+                parts = read_parts(file)[1]
+                if name not in parts:
+                    raise ValueError(f"{file} holds {', '.join(parts)}, must hold {name}")
+                _add(model, {name: parts[name]}, file)
+
+
+def _add(model: Model, parts: Mapping[str, Part], place: Path) -> None:
+    for name, part in parts.items():
+        if name in model.parts:
+            raise ValueError(f"{name} is in {model.parts[name].where} and again in {place}")
+        model.parts[name] = part
+
+
+def read_parts(path: Path) -> tuple[str, dict[str, Part]]:
+    """What a file is, in words, and the parts in it, told by its tensors' names and shapes."""
+    stored = read_torch(path) if path.suffix in (".pth", ".pt") else read_header(path)[0]
+    if any(name.startswith(sd3.PREFIXES["transformer"]) for name in stored):
+        return "single file of Stability AI", _split(path, stored)
+    if "text_model.embeddings.token_embedding.weight" in stored:
+        name = sd3.clip_role(stored)
+        return "CLIP text encoder", {name: _sd3_part(name, stored, path)}
+    if "encoder.final_layer_norm.weight" in stored:
+        return "T5 text encoder", {"text_encoder_3": _sd3_part("text_encoder_3", stored, path)}
+    if "layers.0.attention.wq.weight" in stored:
+        args = path.with_name("model_args.pth")
+        try:
+            config = lumina.nextdit_config(stored, read_namespace(args) if args.is_file() else {})
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        part = Part("nextdit", "original", config, stored, str(path))
+        return "file of Lumina-T2X", {"transformer": part}
+    names = ", ".join(sorted(stored)[:3])
+    raise ValueError(f"{path} is in no layout known here: its tensors are called {names}, ...")
+
+
+def _split(path: Path, stored: Tensors) -> dict[str, Part]:
+    """A single file of Stability AI taken apart by its prefixes."""
+    shares: dict[str, dict[str, Any]] = {}
+    for key, tensor in stored.items():
+        name = next((n for n, prefix in sd3.PREFIXES.items() if key.startswith(prefix)), None)
+        if name is None:
+            raise ValueError(f"{path} has the tensor {key}, which belongs to no known component")
+        shares.setdefault(name, {})[key.removeprefix(sd3.PREFIXES[name])] = tensor
+    return {name: _sd3_part(name, share, path) for name, share in shares.items()}
+
+
+def _sd3_part(name: str, stored: Tensors, path: Path) -> Part:
+    """A component of SD3 without a config file: its sizes are read from the shapes."""
+    try:
+        kind, layout, config = sd3.CONFIGS[name](stored)
+    except ValueError as error:
+        raise ValueError(f"{path}: {name}: {error}") from None
+    return Part(kind, layout, config, stored, f"{path} ({name})")
+
+
+def find_tokenizer(folder: Path) -> Path:
+    """The folder itself if it has a tokenizer's main file; FileNotFoundError if not."""
+    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        raise FileNotFoundError(f"there is none of {', '.join(TOKENIZER_FILES)} in {folder}")
+    return folder
+
+
+def read_scheduler(folder: Path) -> SchedulerConfig:
+    """A scheduler folder's config; ValueError for another noise schedule than SD3's."""
+    path = folder / "scheduler_config.json"
+    values = read_json(path)
+    kind = values.get("_class_name", "FlowMatchEulerDiscreteScheduler")
+    if kind != "FlowMatchEulerDiscreteScheduler":
+        raise ValueError(f"{path} is for {kind!r:.80}, must be for FlowMatchEulerDiscreteScheduler")
+    for option in (
+        "use_dynamic_shifting",
+        "use_karras_sigmas",
+        "use_exponential_sigmas",
+        "use_beta_sigmas",
+        "invert_sigmas",
+        "stochastic_sampling",
+        "shift_terminal",
+    ):
+        if values.get(option):
+            raise ValueError(f"{path}: {option} is {values[option]!r:.80}, must be off")
+    return config_from_json(SchedulerConfig, path)
+
+
+def _with_defaults(
+    config: SchedulerConfig, family: Family, where: Path, given: Mapping[str, Any]
+) -> SchedulerConfig:
+    """Steps and guidance to sample with where the scheduler's file does not give them.
+
+    Nothing inside the files tells SD3.5-large-turbo from SD3.5-large, so these two numbers, and
+    nothing else, go by the name of the file, folder or hub repository.
+    """
+    cached = where.parent.name == "snapshots"  # in the hub's cache the folder is a commit
+    turbo = "turbo" in (where.parent.parent if cached else where).name.lower()
+    steps, guidance = (4, 1.0) if turbo else (family.steps, family.guidance)
+    if "default_steps" not in given:
+        config = replace(config, default_steps=steps)
+    if "default_guidance" not in given:
+        config = replace(config, default_guidance=guidance)
+    return config
+
+
+def require(model: Model) -> Family:
+    """The model's family, if everything is there to run it.
+
+    Raises one FileNotFoundError that lists all that is missing, and where to get it.
+    """
+    if model.family is None:
+        if "transformer" in model.missing:
+            raise FileNotFoundError(model.missing["transformer"])
+        have = ", ".join([*model.parts, *model.tokenizers]) or "no component"
+        raise FileNotFoundError(f"{model.where} has no transformer, only {have}")
+    family = FAMILIES[model.family]
+    if model.missing:
+        folder = model.where if model.where.is_dir() else model.where.parent
+        what = " ".join(f"'{name}/*'" for name in model.missing)
+        raise FileNotFoundError(
+            f"{model.where} cannot run yet, it lacks {', '.join(model.missing)} "
+            f"({next(iter(model.missing.values()))}); one way to get them: "
+            f"hf download {family.repo} --include {what} --local-dir {folder}"
+        )
+    return family
+
+
+def _check_together(model: Model) -> None:
+    """Raise ValueError where parts are of different models: their widths must meet."""
+    configs = {name: part.config for name, part in model.parts.items()}
+    dit = configs.get("transformer")
+    pairs: list[tuple[str, int, str, int]] = []
+
+    def meet(field: str, name: str, theirs: str) -> None:
+        if dit is not None and name in configs:
+            pairs.append((field, getattr(dit, field), name, getattr(configs[name], theirs)))
+
+    meet("in_channels", "vae", "latent_channels")
+    if model.family == "sd3":
+        meet("joint_attention_dim", "text_encoder_3", "d_model")
+        clips = [configs.get("text_encoder"), configs.get("text_encoder_2")]
+        if all(clips):
+            both = sum(clip.projection_dim for clip in clips)
+            pairs.append(("pooled_projection_dim", dit.pooled_projection_dim, "both CLIPs", both))
+    if model.family == "lumina":
+        meet("cross_attention_dim", "text_encoder", "hidden_size")
+    for field_name, ours, name, theirs in pairs:
+        if ours != theirs:
+            raise ValueError(
+                f"{model.where}: the transformer's {field_name} is {ours}, but {name} gives "
+                f"{theirs}: they are not parts of one model"
+            )

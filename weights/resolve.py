@@ -1,0 +1,125 @@
+"""A folder, a file or a hub id to local files.
+
+From the hub come only the files that are needed: the components asked for, one variant of their
+weights (the plain one where there is one), no single file beside a folder. huggingface_hub keeps
+them in its cache, resumes broken downloads and works offline with what it has.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from weights.model import COMPONENTS, TOKENIZER_FILES
+from weights.networks import ROLES, stem
+
+PACKAGED = ("mini-sd3", "mini-lumina")
+
+
+def resolve(path: str | Path, names: Sequence[str] = COMPONENTS, weights: bool = True) -> Path:
+    """A local folder or file for a path, a name of an embedded model, or a hub id.
+
+    names    the components that are needed
+    weights  False leaves their weights on the hub
+    Raises FileNotFoundError or ValueError.
+    """
+    text = str(path)
+    if not isinstance(path, str | Path) or not text or "\0" in text:
+        raise ValueError(f"path is {path!r}, must be a folder, a file or a hub id")
+    local = Path(path).expanduser()
+    if local.exists():
+        return local
+    name = text.removeprefix("weights/").rstrip("/")
+    if name in PACKAGED:
+        packaged = Path(__file__).parent / name
+        if packaged.is_dir():
+            return packaged
+        raise FileNotFoundError(f"{name} is not part of this installation: {packaged} is missing")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and local.suffix not in (".safetensors", ".pth"):
+        return fetch(text, names, weights)
+    raise FileNotFoundError(
+        f"there is no file or folder {text}; the embedded models are {' and '.join(PACKAGED)}, "
+        "and a hub id looks like owner/name"
+    )
+
+
+def fetch(repo: str, names: Sequence[str], weights: bool = True) -> Path:
+    """The needed files of a hub repository, as a local folder."""
+    small = ["model_index.json", *(pattern for name in names for pattern in _small_files(name))]
+    networks = [name for name in names if name in ROLES] if weights else []
+    folder = _download(repo, [*small, *(p for name in networks for p in _weights(name, ""))])
+    for variant in ("fp16", "bf16"):
+        bare = [n for n in networks if (folder / n).is_dir() and not _has_weights(folder / n)]
+        if bare:
+            folder = _download(repo, [p for name in bare for p in _weights(name, "." + variant)])
+    if not any((folder / name).is_dir() for name in names):
+        raise FileNotFoundError(
+            f"{repo} on the hub has no component folders such as {names[0]}: download the single "
+            "file and give its path, or use a repository in the diffusers layout (SD3: "
+            "stabilityai/stable-diffusion-3-medium-diffusers or stabilityai/stable-diffusion-3.5-"
+            "medium, Lumina: Alpha-VLLM/Lumina-Next-SFT-diffusers)"
+        )
+    return folder
+
+
+def _small_files(name: str) -> list[str]:
+    if name in ROLES:
+        return [f"{name}/config.json"]
+    if name == "scheduler":
+        return [f"{name}/scheduler_config.json"]
+    files = {file for main, others in TOKENIZER_FILES.items() for file in (main, *others)}
+    return [f"{name}/{file}" for file in sorted(files)]
+
+
+def _weights(name: str, variant: str) -> list[str]:
+    """Patterns of the weight files of a component, in one variant ("" or such as ".fp16")."""
+    file = f"{name}/{stem(name)}"
+    return [
+        f"{file}{variant}.safetensors",
+        f"{file}.safetensors.index{variant}.json",
+        f"{file}{variant}-*-of-*.safetensors",
+    ]
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(path.suffix == ".safetensors" for path in folder.iterdir())
+
+
+def _download(repo: str, patterns: list[str]) -> Path:
+    """snapshot_download, with one sentence for everything that can go wrong with it."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import (
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=patterns))
+    except GatedRepoError:
+        why = (
+            "its owner asks you to accept the licence first: do that on its page on the hub, then "
+            "log in with `hf auth login`, or set HF_TOKEN"
+        )
+    except RepositoryNotFoundError:
+        why = (
+            "there is no such repository, or it is private (then log in with `hf auth login`), "
+            f"and there is no folder {repo} here either"
+        )
+    except HFValidationError as error:
+        raise ValueError(f"{repo} is neither a local path nor a hub id: {error}") from None
+    except Exception as error:  # every version and backend of the client has its own errors
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            why = (
+                "the disk is full: make room, or set HF_HOME to a folder on a larger disk, and run "
+                "this again, the download goes on where it stopped"
+            )
+        else:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            why = (
+                "the hub cannot be reached and not all of it is in the cache: connect and run this "
+                f"again, a broken download goes on where it stopped ({reason:.200})"
+            )
+    raise FileNotFoundError(f"cannot fetch {repo}: {why}")
