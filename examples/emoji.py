@@ -24,10 +24,10 @@ PACKAGES = "npm install @lobehub/fluent-emoji-3d@1.1.0 unicode-emoji-json@0.9.0"
 # how often training shows a name of the group, relative to the others
 GROUPS = {
     "Smileys & Emotion": 1.5,
-    "Animals & Nature": 1.5,
-    "Food & Drink": 1.5,
+    "Animals & Nature": 2.0,
+    "Food & Drink": 2.0,
     "Travel & Places": 1.0,
-    "Objects": 1.0,
+    "Objects": 0.75,
     "Activities": 1.0,
 }
 
@@ -132,10 +132,17 @@ def held_out(index: int) -> int:
     return 1 + 7 * index % (len(COLOURS) - 1)
 
 
-class Latents:
-    """Latents of every emoji on every colour, memory-mapped, as `prepare` wrote them.
+def shown(index: int, count: int = len(COLOURS) - 1) -> list[int]:
+    """`count` colour numbers that training shows name number `index` on, evenly spread."""
+    colours = [j for j in range(len(COLOURS)) if j != held_out(index)]
+    return [colours[(5 * index + 3 * k) % len(colours)] for k in range(count)]
 
-    names, groups: one per emoji. array: float16 (emoji, colours, channels, height, width).
+
+class Latents:
+    """Latents of every emoji on some colours, memory-mapped, as `prepare` wrote them.
+
+    names, groups: one per emoji. array: float16 (emoji, colours, channels, height, width), with the
+    colours of emoji number i in the order of shown(i).
     """
 
     def __init__(self, folder: Path, family: str, size: int) -> None:
@@ -152,7 +159,7 @@ class Latents:
         """`count` random training pairings: float32 (count, channels, height, width), captions."""
         colours, pictures, captions = list(COLOURS), [], []
         for i in rng.choices(range(len(self.names)), self.weights, k=count):
-            j = rng.choice([j for j in range(len(colours)) if j != held_out(i)])
-            pictures.append(self.array[i, j])
-            captions.append(caption(self.names[i], colours[j], rng))
+            k = rng.randrange(self.array.shape[1])
+            pictures.append(self.array[i, k])
+            captions.append(caption(self.names[i], colours[shown(i)[k]], rng))
         return np.stack(pictures).astype(np.float32), captions

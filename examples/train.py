@@ -6,7 +6,7 @@
     python examples/train.py train   --family sd3 --run runs/sd3 --size 128 --steps 6000
     python examples/train.py train   --family sd3 --run runs/sd3 --size 256 --steps 20000
     python examples/train.py export  --family sd3 --run runs/sd3 --out my-sd3
-    python examples/train.py measure --model my-sd3 --run runs/sd3
+    python examples/train.py measure --model my-sd3
 
 Every command goes on where it was interrupted. A step's data, noise and times are a function of
 seed and step number alone, so a resumed run makes the very same steps as an uninterrupted one.
@@ -330,8 +330,8 @@ def write_sentencepiece(texts: list[str], path: Path, **options: Any) -> None:
 # ---------------------------------------------------------------- data
 
 
-def prepare(family: str, run: Path, packages: Path, sizes: list[int], batch: int = 18) -> None:
-    """Tokenizers, and the latents of every name on every colour, at each size in pixels."""
+def prepare(family: str, run: Path, packages: Path, sizes: list[int], colours: int) -> None:
+    """Tokenizers, and the latents of every name on `colours` colours, at each size in pixels."""
     found = emoji.find_emoji(packages)
     names, groups = [e.name for e in found], [e.group for e in found]
     folder = run / "data"
@@ -342,10 +342,13 @@ def prepare(family: str, run: Path, packages: Path, sizes: list[int], batch: int
         path, part = folder / f"{family}-{size}.npy", folder / f"{family}-{size}.part"
         if path.is_file():
             continue
-        shape = (len(found), len(emoji.COLOURS), vae.config.latent_channels, size // 8, size // 8)
+        shape = (len(found), colours, vae.config.latent_channels, size // 8, size // 8)
         array = np.lib.format.open_memmap(part, mode="w+", dtype=np.float16, shape=shape)
-        for i, picture in enumerate(tqdm(found, desc=f"encoding {size} px", unit="name")):
-            array[i] = encode_images(vae, emoji.compose(emoji.read(picture, size))).numpy()
+        values = list(emoji.COLOURS.values())
+        for i, one in enumerate(tqdm(found, desc=f"encoding {size} px", unit="name")):
+            backgrounds = [values[j] for j in emoji.shown(i, colours)]
+            images = emoji.compose(emoji.read(one, size), backgrounds)
+            array[i] = encode_images(vae, images).numpy()
         array.flush()
         del array
         os.replace(part, path)
@@ -381,17 +384,23 @@ def vae_config(family: str) -> VAEConfig:
 
 
 def train_vae(
-    family: str, run: Path, packages: Path, steps: int, batch: int, lr: float, seed: int = 0
-) -> None:
+    family: str, run: Path, packages: Path, steps: int, batch: int, lr: float,
+    init: Path | None = None, save_every: int = 100, seed: int = 0,
+) -> None:  # fmt: skip
     """Train the autoencoder on crops, and write it with the scale that its latents need.
 
     Loss: absolute and squared error of the pixels, absolute error of their differences to the
     neighbours, which keeps edges sharp, and a little of the usual pull towards a unit Gaussian.
+    init is a folder with a vae, of any number of latent channels, to take over what fits.
     """
     found = emoji.find_emoji(packages)
     pictures = [emoji.read(e, PIXELS) for e in found]
     torch.manual_seed(seed)
     vae = AutoencoderKL(vae_config(family)).to(memory_format=torch.channels_last)
+    if init is not None:
+        given, state = load_component(init, "vae").state_dict(), vae.state_dict()
+        state |= {n: t for n, t in given.items() if n in state and t.shape == state[n].shape}
+        vae.load_state_dict(state)
     average = copy.deepcopy(vae).requires_grad_(False)
     adam = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0)
     done, checkpoint = 0, run / "vae.pt"
@@ -424,7 +433,7 @@ def train_vae(
         weight = max(0.002, 1 / (step + 1))
         torch._foreach_lerp_(list(average.parameters()), list(vae.parameters()), weight)
         logged.append(error.detach().square().mean())
-        if (step + 1) % 100 == 0 or step + 1 == steps:
+        if (step + 1) % save_every == 0 or step + 1 == steps:
             psnr = 10 * math.log10(4 / torch.stack(logged).mean().item())
             pace = (time.time() - started) / (step + 1 - done)
             left, logged = pace * (steps - step - 1) / 60, []
@@ -730,57 +739,54 @@ def export(family: str, run: Path, out: Path, scheduler: SchedulerConfig) -> Non
 
 @torch.no_grad()
 def measure(
-    model: Path, run: Path, packages: Path, count: int, batch: int = 20, seed: int = 1
+    model: Path, packages: Path, count: int, batch: int = 20, seed: int = 1
 ) -> dict[str, float]:
     """How good a model's pictures are, on pairings of name and colour that it never saw.
 
     vae_psnr     dB, of encoding and decoding the real pictures
     top1, top5   share of pictures whose nearest real one on that colour, among all names, is of the
-                 name that was asked for, or is so for one of the nearest five; in VAE latents
+                 name that was asked for, or is so for one of the nearest five; at 64 x 64 pixels
     background   mean absolute error of the corners, 0 to 255 a channel
     frechet      Frechet distance between drawn and real pictures, by mean and covariance of the VAE
                  latents' averages over quarters
     """
     pipe = minidit.load(model)
-    family = "sd3" if isinstance(pipe, SD3Pipeline) else "lumina"
-    data = emoji.Latents(run / "data", family, PIXELS)
-    colours = list(emoji.COLOURS)
-    names = random.Random(seed).sample(range(len(data.names)), count)
-    ranks, errors, drawn, real = [], [], [], []
+    found = emoji.find_emoji(packages)
+    small = [emoji.read(one, 64) for one in found]
+    colours = list(emoji.COLOURS.items())
+    numbers = random.Random(seed).sample(range(len(found)), count)
+    ranks, errors, psnr, drawn, real = [], [], [], [], []
     for start in tqdm(range(0, count, batch), desc="drawing", unit="batch"):
-        part = names[start : start + batch]
-        pairs = [(i, emoji.held_out(i)) for i in part]
-        prompts = [emoji.caption(data.names[i], colours[j]) for i, j in pairs]
+        part = numbers[start : start + batch]
+        pairs = [(i, *colours[emoji.held_out(i)]) for i in part]
+        prompts = [emoji.caption(found[i].name, colour) for i, colour, _ in pairs]
         with autocast():
             out = pipe(prompts, seed=seed + start)
-        for (i, j), latents, image in zip(pairs, out.latents, out.images, strict=True):
-            rivals = torch.from_numpy(data.array[:, j].astype(np.float32))  # (names, C, h, w)
-            distances = (rivals - latents).square().mean(dim=(1, 2, 3))  # (names,)
-            ranks.append((distances < distances[i]).sum().item())
+        drawn.append(out.latents)
+        for (i, _, value), image in zip(pairs, out.images, strict=True):
+            rivals = np.stack([emoji.compose(picture, [value])[0] for picture in small])
+            thumb = np.asarray(image.resize((64, 64), Image.Resampling.LANCZOS))
+            gaps = np.square(rivals.astype(np.float32) - thumb).mean(axis=(1, 2, 3))  # (names,)
+            ranks.append((gaps < gaps[i]).sum())
             pixels = np.asarray(image, dtype=np.float32)
             corners = np.stack([pixels[y, x] for y in (2, -3) for x in (2, -3)])  # (4, 3)
-            errors.append(np.abs(corners - emoji.COLOURS[colours[j]]).mean())
-            drawn.append(latents)
-            real.append(rivals[i])
-    found = {e.name: e for e in emoji.find_emoji(packages)}
-    psnr = []
-    for i, latents in zip(names[:batch], real, strict=False):
-        picture = emoji.read(found[data.names[i]], PIXELS)
-        image = emoji.compose(picture, [list(emoji.COLOURS.values())[emoji.held_out(i)]])[0]
-        again = np.asarray(to_image(pipe.vae.decode(latents[None])[0]), dtype=np.float32)
-        psnr.append(10 * math.log10(255**2 / np.square(again - image).mean()))
+            errors.append(np.abs(corners - value).mean())
+            picture = emoji.compose(emoji.read(found[i], PIXELS), [value])
+            real.append(pipe.vae.encode(to_pixels(picture)))
+            again = np.asarray(to_image(pipe.vae.decode(real[-1])[0]), dtype=np.float32)
+            psnr.append(10 * math.log10(255**2 / np.square(again - picture[0]).mean()))
     return {
         "vae_psnr": float(np.mean(psnr)),
         "top1": float(np.mean([rank < 1 for rank in ranks])),
         "top5": float(np.mean([rank < 5 for rank in ranks])),
         "background": float(np.mean(errors)),
-        "frechet": frechet(features(drawn), features(real)),
+        "frechet": frechet(features(torch.cat(drawn)), features(torch.cat(real))),
     }
 
 
-def features(latents: list[Tensor]) -> np.ndarray:
+def features(latents: Tensor) -> np.ndarray:
     """Averages of each channel over the quarters of a picture: (pictures, 4 * C)."""
-    return F.adaptive_avg_pool2d(torch.stack(latents), 2).flatten(1).double().numpy()
+    return F.adaptive_avg_pool2d(latents.float(), 2).flatten(1).double().numpy()
 
 
 def frechet(one: np.ndarray, other: np.ndarray) -> float:
@@ -802,8 +808,9 @@ def main() -> None:
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
-        sub.add_argument("--family", choices=("sd3", "lumina"), default="sd3")
-        sub.add_argument("--run", type=Path, required=True, help="folder of this training run")
+        if name != "measure":
+            sub.add_argument("--family", choices=("sd3", "lumina"), default="sd3")
+            sub.add_argument("--run", type=Path, required=True, help="folder of this training run")
         sub.add_argument("--packages", type=Path, default=Path("node_modules"))
         sub.add_argument("--threads", type=int, default=os.cpu_count())
         return sub
@@ -812,9 +819,14 @@ def main() -> None:
     sub.add_argument("--steps", type=int, default=12000)
     sub.add_argument("--batch", type=int, default=16)
     sub.add_argument("--lr", type=float, default=2e-3)
+    sub.add_argument("--init", type=Path, help="folder of a model whose VAE to start from")
 
     sub = command("prepare", "train the tokenizers and encode the pictures")
     sub.add_argument("--sizes", type=int, nargs="+", default=[128, 256])
+    most = len(emoji.COLOURS) - 1
+    sub.add_argument(
+        "--colours", type=int, default=most, help="colours a name, at most %(default)s"
+    )
 
     sub = command("train", "train the transformer with its text encoders")
     for name, value in asdict(Plan()).items():
@@ -837,9 +849,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
     if args.command == "vae":
-        train_vae(args.family, args.run, args.packages, args.steps, args.batch, args.lr)
+        train_vae(args.family, args.run, args.packages, args.steps, args.batch, args.lr, args.init)
     elif args.command == "prepare":
-        prepare(args.family, args.run, args.packages, args.sizes)
+        prepare(args.family, args.run, args.packages, args.sizes, args.colours)
     elif args.command == "train":
         plan = Plan(**{name: getattr(args, name) for name in asdict(Plan())})
         train(args.family, args.run, plan, args.save_minutes, args.sheet_minutes, args.compile)
@@ -851,7 +863,7 @@ def main() -> None:
         )
         export(args.family, args.run, args.out, scheduler)
     else:
-        for name, value in measure(args.model, args.run, args.packages, args.count).items():
+        for name, value in measure(args.model, args.packages, args.count).items():
             print(f"{name:12s} {value:.3f}")
 
 

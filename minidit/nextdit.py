@@ -179,21 +179,179 @@ class NextDiT(nn.Module):
     def _positions(self, h: int, w: int, time: Tensor, watershed: float) -> Rope:
         """Cosines and sines of every token's rotation, each (B, h*w, 1, D) float32.
 
-        Channels 4i and 4i + 1 turn by row * f(i), 4i + 2 and 4i + 3 by column * f(i), where
-        f(i) = 10000 ** (-4i / D). For images larger or smaller than the trained ones by `factor`
-        in length, f is divided by it early and its base multiplied by it (NTK) late; the official
-        pipeline applies this at every size (diffusers pipeline_lumina.py, embeddings.py).
+        Channels 4i and 4i + 1 turn by row * f(i), channels 4i + 2 and 4i + 3 by column * f(i), with
+        f(i) = 10000 ** (-4i / D). At `factor` times the trained size, early steps divide f by it,
+        late ones multiply its base by it (NTK); the official pipeline does so below the trained
+        size, too (diffusers pipeline_lumina.py and embeddings.py).
         """
         c, device = self.config, time.device
         factor = math.sqrt(h * w) * c.patch_size / c.sample_size
-        exponent = torch.arange(0, 1, 4 / c.head_dim, device=device)[: c.head_dim // 4]  # (D / 4,)
-        linear, ntk = 10000**-exponent / factor, (10000 * factor) ** -exponent
-        frequency = torch.where(time[:, None] < watershed, linear, ntk)[:, None, None]
-        row, column = (torch.arange(n, device=device, dtype=torch.float32) for n in (h, w))
-        row = (row[:, None, None] * frequency).expand(-1, h, w, -1)  # (B, h, w, D / 4)
-        column = (column[:, None] * frequency).expand(-1, h, w, -1)
-        angle = torch.stack((row, column), dim=4).flatten(3).view(len(time), h * w, 1, -1)
-        ...
+        exponent = torch.arange(c.head_dim // 4, device=device) * (-4 / c.head_dim)  # (D/4,)
+        linear, ntk = 10000.0**exponent / factor, (10000.0 * factor) ** exponent
+        f = torch.where(time[:, None] < watershed, linear, ntk)[:, None, None]  # (B, 1, 1, D/4)
+        row = torch.arange(h, device=device)[:, None, None] * f  # (B, h, 1, D/4)
+        column = torch.arange(w, device=device)[:, None] * f  # (B, 1, w, D/4)
+        pairs = torch.stack(torch.broadcast_tensors(row, column), dim=4)  # (B, h, w, D/4, 2)
+        angle = pairs.view(len(time), h * w, 1, -1)  # (B, N, 1, D/2), one a channel pair
+        cos, sin = angle.cos(), angle.sin()
+        return torch.stack((cos, cos), dim=4).flatten(3), torch.stack((-sin, sin), dim=4).flatten(3)
 
     def _attention_scale(self, tokens: int) -> float:
-        ...
+        """Proportional attention: 1 / sqrt(D) at the trained number of tokens, sharper above it.
+
+        The official pipeline always counts tokens of 16 x 16 pixels, 8 for each latent.
+        """
+        trained = (self.config.sample_size * 8 // 16) ** 2
+        return math.sqrt(math.log(tokens, trained) / self.config.head_dim)
+
+    def _check(self, latents, context, context_mask, active, cache) -> None:
+        c = self.config
+        check_latents(latents, c.in_channels, c.patch_size, active, cache)
+        B, shape = len(latents), tuple(context.shape)
+        if context.ndim != 3 or shape[0] != B or not shape[1] or shape[2] != c.cross_attention_dim:
+            raise ValueError(
+                f"context has shape {shape}, must be ({B}, tokens, {c.cross_attention_dim})"
+            )
+        if context_mask.shape != context.shape[:2]:
+            raise ValueError(
+                f"context_mask has shape {tuple(context_mask.shape)}, must be {shape[:2]}"
+            )
+
+
+class CaptionEmbed(nn.Module):
+    """The mean of the prompt's tokens, normed and projected: (B, text width) -> (B, cond_width)."""
+
+    def __init__(self, config: NextDiTConfig) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.cross_attention_dim)
+        self.linear = nn.Linear(config.cross_attention_dim, config.cond_width)
+
+    def forward(self, caption: Tensor) -> Tensor:
+        return self.linear(self.norm(caption))
+
+
+class Block(nn.Module):
+    """Attention to image and text, then an MLP, each with a norm before and after it."""
+
+    def __init__(self, config: NextDiTConfig, index: int) -> None:
+        super().__init__()
+        C, eps = config.hidden_size, config.norm_eps
+        self.modulation = nn.Linear(config.cond_width, 4 * C)
+        self.attn_norm1 = nn.RMSNorm(C, eps=eps)
+        self.attn = Attention(config, index)
+        self.attn_norm2 = nn.RMSNorm(C, eps=eps)
+        self.ffn_norm1 = nn.RMSNorm(C, eps=eps)
+        self.mlp = GatedMLP(C, config.mlp_width)
+        self.ffn_norm2 = nn.RMSNorm(C, eps=eps)
+        self.context_norm = nn.RMSNorm(config.cross_attention_dim, eps=eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor,
+        mask: Tensor,
+        cond: Tensor,
+        rope: Rope,
+        scale: float | None,
+        rows: Tensor | None,
+        cache: KVCache | None,
+    ) -> Tensor:
+        """x (B, K, C), context (B, L, text width), mask (B, 1, 1, L), cond (B, cond_width) -> x."""
+        modulation = self.modulation(cond)[:, None]  # (B, 1, 4C)
+        scale_attn, gate_attn, scale_mlp, gate_mlp = modulation.chunk(4, dim=2)  # (B, 1, C) each
+        normed, text = self.attn_norm1(x) * (1 + scale_attn), self.context_norm(context)
+        out = self.attn(normed, text, mask, rope, scale, rows, cache)
+        x = torch.addcmul(x, gate_attn.tanh(), self.attn_norm2(out))
+        out = self.mlp(self.ffn_norm1(x) * (1 + scale_mlp))
+        return torch.addcmul(x, gate_mlp.tanh(), self.ffn_norm2(out))
+
+
+class Attention(nn.Module):
+    """Self-attention plus, under a gate per head, cross-attention to the text."""
+
+    def __init__(self, config: NextDiTConfig, index: int) -> None:
+        super().__init__()
+        C, kv, text = config.hidden_size, config.kv_width, config.cross_attention_dim
+        self.index, self.head_dim = index, config.head_dim
+        self.group = C // kv
+        self.shared_query = config.shared_query
+
+        def norm(width: int) -> nn.Module:  # over all heads together
+            return nn.LayerNorm(width) if config.qk_norm else nn.Identity()
+
+        self.q, self.q_norm = nn.Linear(C, C, bias=False), norm(C)
+        self.k, self.k_norm = nn.Linear(C, kv, bias=False), norm(kv)
+        self.v = nn.Linear(C, kv, bias=False)
+        if not config.shared_query:
+            self.context_q, self.context_q_norm = nn.Linear(C, C, bias=False), norm(C)
+        self.context_k, self.context_k_norm = nn.Linear(text, kv, bias=False), norm(kv)
+        self.context_v = nn.Linear(text, kv, bias=False)
+        self.gate = nn.Parameter(torch.zeros(config.num_attention_heads))
+        self.out = nn.Linear(C, C, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        text: Tensor,
+        mask: Tensor,
+        rope: Rope,
+        scale: float | None,
+        rows: Tensor | None,
+        cache: KVCache | None,
+    ) -> Tensor:
+        """x (B, K, C), text (B, L, text width), mask (B, 1, 1, L) -> (B, K, C)."""
+        q = rotate(self._heads(self.q_norm(self.q(x))), rope)  # (B, K, H, D)
+        k = rotate(self._heads(self.k_norm(self.k(x))), rope)  # (B, K, G, D)
+        v = self._heads(self.v(x))  # (B, K, G, D)
+        if cache is not None:
+            k, v = cache.write(self.index, k, v, rows)  # (B, N, G, D)
+        image_out = attention(q, k, v, scale=scale)  # (B, K, C)
+
+        if not self.shared_query:
+            q = rotate(self._heads(self.context_q_norm(self.context_q(x))), rope)  # (B, K, H, D)
+        k = self._heads(self.context_k_norm(self.context_k(text)))  # (B, L, G, D)
+        v = self._heads(self.context_v(text))  # (B, L, G, D)
+        # no GPU kernel takes both a mask and grouped heads, and the text is short
+        k, v = (each.repeat_interleave(self.group, dim=2) for each in (k, v))  # (B, L, H, D)
+        text_out = attention(q, k, v, mask=mask)  # (B, K, C)
+        gate = self.gate.tanh().repeat_interleave(self.head_dim)  # (C,)
+        return self.out(torch.addcmul(image_out, gate, text_out))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """(B, tokens, heads * D) -> (B, tokens, heads, D)."""
+        return x.unflatten(2, (-1, self.head_dim))
+
+
+class GatedMLP(nn.Module):
+    """w2(silu(w1(x)) * w3(x))."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(width, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, width, bias=False)
+        self.w3 = nn.Linear(width, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class FinalLayer(nn.Module):
+    """adaLN without a shift, and the linear head: (B, K, C) -> (B, K, patch values)."""
+
+    def __init__(self, config: NextDiTConfig) -> None:
+        super().__init__()
+        C, P = config.hidden_size, config.patch_size
+        self.modulation = nn.Linear(config.cond_width, C)
+        self.linear = nn.Linear(C, P * P * config.out_channels)
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        scale = self.modulation(cond)[:, None]  # (B, 1, C)
+        return self.linear(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale))
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Turn adjacent channels of x (B, K, H, D) pair by pair, in float32 as the official code."""
+    cos, sin = rope  # (B, K, 1, D) each, sin negative at even channels
+    wide = x.to(torch.promote_types(x.dtype, cos.dtype))
+    swapped = wide.unflatten(3, (-1, 2)).flip(4).flatten(3)  # (B, K, H, D)
+    return torch.addcmul(wide * cos, swapped, sin).to(x.dtype)

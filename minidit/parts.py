@@ -1,6 +1,7 @@
 """The few pieces that both diffusion transformers share, and their checks at the door.
 
-B batch, N image tokens, K query tokens, H heads, D head width, C channels, P patch.
+B batch, N image tokens, K query tokens, H heads, G key-value heads,
+D head width, C channels, P patch.
 """
 
 from __future__ import annotations
@@ -31,9 +32,14 @@ class MLP(nn.Module):
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
               scale: float | None = None) -> Tensor:  # fmt: skip
-    """Softmax attention: q (B, K, H, D), k and v (B, N, H, D) -> (B, K, H*D)."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, tokens, D)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    """Softmax attention: q (B, K, H, D), k and v (B, N, G, D) -> (B, K, H*D).
+
+    With G < H every key-value head serves H / G query heads in a row.
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, tokens, D)
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, scale=scale, enable_gqa=k.shape[1] < q.shape[1]
+    )
     return out.transpose(1, 2).flatten(2)  # (B, K, H*D)
 
 

@@ -16,12 +16,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from minidit.nextdit import NextDiTConfig
 from safetensors.torch import save_file
 
 from minidit.clip import CLIPConfig
 from minidit.gemma import GemmaConfig
 from minidit.mmdit import MMDiTConfig
+from minidit.nextdit import NextDiTConfig
 from minidit.t5 import T5Config
 from minidit.vae import VAEConfig
 from weights.files import DTYPES

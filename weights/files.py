@@ -34,7 +34,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-CHUNK = 2**22  # bytes read at a time
+CHUNK = 2**21  # bytes read at a time
 MAX_HEADER = 10**8  # bytes, the limit of the format; official headers are below 300 KB
 MAX_JSON = 10**7  # bytes of a config or an index
 

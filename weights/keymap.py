@@ -161,9 +161,11 @@ def read_into(out: Tensor, recipe: Recipe, stored: Tensors) -> None:
                     f"{stored[name].file} holds {name} and {recipe.copy}, which must be the same "
                     "and are not"
                 )
-            size = last - first
-            out[at : at + size] = rows.to(out.dtype).reshape(size, *out.shape[1:])
-            at += size
+            if not out.is_cpu:  # convert here: not every device knows every stored type
+                rows = rows.to(out.dtype)
+            target = out[at : at + last - first]
+            target.copy_(rows.reshape(target.shape))
+            at += last - first
 
 
 def same_values(one: Stored, other: Stored, first: int, last: int) -> bool:

@@ -10,11 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from minidit.gemma import GemmaConfig
-
-try:  # TEMPORARY
-    from minidit.nextdit import NextDiTConfig
-except ImportError:
-    NextDiT = NextDiTConfig = None
+from minidit.nextdit import NextDiTConfig
 from weights.files import Tensors, count, shape_of
 from weights.keymap import Same, Source, Table
 

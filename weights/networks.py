@@ -14,11 +14,7 @@ from torch import nn
 from minidit.clip import CLIPConfig, CLIPTextEncoder
 from minidit.gemma import GemmaConfig, GemmaEncoder
 from minidit.mmdit import MMDiT, MMDiTConfig
-
-try:  # TEMPORARY
-    from minidit.nextdit import NextDiT, NextDiTConfig
-except ImportError:
-    NextDiT = NextDiTConfig = None
+from minidit.nextdit import NextDiT, NextDiTConfig
 from minidit.t5 import T5Config, T5Encoder
 from minidit.vae import AutoencoderKL, VAEConfig
 from weights import lumina, sd3

@@ -1,0 +1,133 @@
+"""The scripts, as a user runs them: what they write, print, and say when something is wrong."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import GOLDENS
+from PIL import Image
+
+from ras import RASConfig, Step, Trace
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+TINY = ["a cat", "--model", str(GOLDENS / "pipe_sd3"), "--size", "48x32", "--guidance", "3"]
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Run examples/NAME.py's main in this process, in an empty folder."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.chdir(tmp_path)
+
+    def run(name: str, *args: str):
+        module = importlib.import_module(name)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *args])
+        return module.main()
+
+    return run
+
+
+def test_sample_writes_pictures_and_says_what_they_cost(run, tmp_path, capsys):
+    run("sample", *TINY, "--steps", "8", "--n", "2", "--out", "cat.png", "--active-map", "map.png",
+        "--ras-preset", "paper", "--ras", "0.5", "--verbose")  # fmt: skip
+    printed = capsys.readouterr().out
+    for name in ("cat-0.png", "cat-1.png"):
+        assert f"wrote {name} (48x32, seed 0" in printed
+        assert Image.open(tmp_path / name).size == (48, 32)
+    assert Image.open(tmp_path / "map.png").size == (2 * 48 + 4, 32)
+    assert "token-steps (" in printed and "% of dense)" in printed and "weights: " in printed
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cat-0.png", "cat-1.png", "map.png"]
+
+
+def test_sample_without_ras_is_dense(run, capsys):
+    run("sample", *TINY, "--steps", "2", "--ras", "off")
+    assert "cost: 100 %" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (["--ras", "half"], "--ras is 'half', must be a number in (0, 1] or off"),
+        (["--ras", "1.5"], "ratio is 1.5, must be in (0, 1]"),
+        (["--ras", "off", "--active-map", "m.png"], "--ras off leaves no regions"),
+        (["--ras-preset", "best"], "there is no preset 'best', only default"),
+        (["--out", "cat.docx"], "cat.docx has no picture's ending"),
+        (["--out", "missing/cat.png"], "missing/cat.png can't be written"),
+        (["--model", "missing/model"], "missing/model"),
+        (["--size", "40x40"], "must be a positive multiple of"),
+        (["--steps", "0"], "steps is 0"),
+        (["--guidance", "0"], "guidance is 0.0, must be a number of at least 1"),
+    ],
+)
+def test_sample_says_what_is_wrong_and_writes_nothing(run, tmp_path, args, sentence):
+    with pytest.raises((ValueError, OSError, KeyError)) as error:
+        run("sample", *TINY, *args)
+    assert sentence in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_errors_leave_one_sentence_and_a_failed_exit(tmp_path):
+    for args, sentence in (
+        (["--ras", "2"], "error: ratio is 2.0"),
+        (["--speed", "9"], "unrecognized arguments: --speed 9"),
+        (["--size", "big"], "'big' is no size, e.g. 1024x768"),
+    ):
+        command = [sys.executable, str(EXAMPLES / "sample.py"), *TINY, *args]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode != 0 and sentence in done.stderr
+        assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_sample_leaves_nothing_half_written(run, tmp_path, monkeypatch):
+    def broken(self, path, **_):
+        Path(path).write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Image.Image, "save", broken)
+    with pytest.raises(OSError, match="no space"):
+        run("sample", *TINY, "--steps", "2", "--ras", "off")
+    assert not list(tmp_path.iterdir())
+
+
+def test_compare_draws_a_sheet_a_map_and_an_animation(run, tmp_path, monkeypatch):
+    run("compare", "a cat", "--model", str(GOLDENS / "pipe_sd3"), "--steps", "8", "--ratios", "0.5",
+        "--steps-map", "steps.png", "--gif", "steps.gif")  # fmt: skip
+    assert Image.open(tmp_path / "compare.png").width > 3 * 32
+    assert Image.open(tmp_path / "steps.png").width > 0
+    assert Image.open(tmp_path / "steps.gif").n_frames == 8
+
+
+@pytest.mark.parametrize("family", ["sd3", "sd3.5-medium", "lumina"])
+def test_benchmark_prints_shares_of_time_and_flops(run, capsys, monkeypatch, family):
+    benchmark = importlib.import_module("benchmark")
+    small = {"num_layers": 1, "num_attention_heads": 4}
+    sizes = {"hidden_size": 96} if family == "lumina" else {"caption_projection_dim": 256}
+    config = benchmark.VARIANTS[family]
+    tiny = type(config)(**(vars(config) | small | sizes | {
+        k: v for k, v in (("num_kv_heads", 2), ("dual_attention_layers", ())) if hasattr(config, k)
+    }))  # fmt: skip
+    monkeypatch.setitem(benchmark.VARIANTS, family, tiny)
+    run("benchmark", "--family", family, "--layers", "1", "--size", "64", "--repeats", "1",
+        "--ratios", "0.5")  # fmt: skip
+    lines = capsys.readouterr().out.splitlines()
+    assert "1 layers, 64 px, batch 2" in lines[0] and "cache: " in lines[1]
+    dense, half = (line.split() for line in lines[3:])
+    assert dense[2:] == ["100.0%", "100.0%", "1.000"]
+    assert half[0] == "50.0%" and 45 < float(half[3].rstrip("%")) < 90
+
+
+def test_heat_counts_regional_steps_only():
+    trace = Trace((1, 3))
+    trace.record(1.0, Step(False, 3), None, 1)
+    trace.record(0.8, Step(True, 1, True), torch.tensor([[1]]), 1)
+    trace.record(0.6, Step(True, 2, True), torch.tensor([[1, 2]]), 1)
+    assert trace.heat().tolist() == [[0.0, 1.0, 0.5]]
+    assert trace.token_steps == 6 and trace.share == 6 / 9
+    assert RASConfig().ratio == 0.5
