@@ -10,15 +10,14 @@ token-steps, its seconds, and its PSNR to the dense picture, in decibels.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from pictures import check_writable, heat_image, labelled, save, sheet, step_map
+from PIL import Image
 
 import minidit
 import ras
@@ -41,7 +40,7 @@ def main() -> None:
     reference = dense.images[0]
     rows = [[labelled(reference, f"dense, {steps} steps\n100 %, {seconds:.1f} s")]]
     for ratio in args.ratios:
-        out, seconds = draw(steps, dataclasses.replace(preset, ratio=ratio))
+        out, seconds = draw(steps, preset.with_ratio(ratio))
         fewer = max(1, round(out.trace.share * steps))
         plain, plain_seconds = draw(fewer, None)
         texts = [

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -98,9 +97,7 @@ def ras_config(args: argparse.Namespace) -> ras.RASConfig | None:
         ratio = float(args.ras)
     except ValueError:
         raise ValueError(f"--ras is {args.ras!r}, must be a number in (0, 1] or off") from None
-    if config.official is not None:
-        return ras.RASConfig(official=dataclasses.replace(config.official, sample_ratio=ratio))
-    return dataclasses.replace(config, ratio=ratio)
+    return config.with_ratio(ratio)
 
 
 class StepClock:

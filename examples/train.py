@@ -45,6 +45,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -559,7 +560,7 @@ class Trainer:
         t = torch.randn(plan.batch, generator=generator).sigmoid()
         sigma = plan.shift * t / (1 + (plan.shift - 1) * t)  # (B,)
         noisy = torch.lerp(clean, noise, sigma[:, None, None, None])
-        with autocast():
+        with autocast(), PlainAttention():
             cond = encode(self.pipe, captions)
             velocity = self.forward(noisy, sigma, **cond)
         loss = F.mse_loss(velocity.float(), noise - clean)
@@ -615,8 +616,8 @@ def train(
         print(f"going on from step {trainer.steps} of {checkpoint}")
     for pipe in (trainer.pipe, trainer.averaged()):
         place(pipe, plan.size)
-    count = sum(p.numel() for p in trainer.networks.parameters())
-    print(f"{family}: {count / 1e6:.1f} M parameters, {len(data.names)} names, {plan}", flush=True)
+    size = sum(p.numel() for p in trainer.networks.parameters())
+    print(f"{family}: {size / 1e6:.1f} M parameters, {len(data.names)} names, {plan}", flush=True)
 
     losses: list[Tensor] = []
     started = saved = drawn = logged = time.time()
@@ -624,8 +625,9 @@ def train(
         losses.append(trainer.step(data))
         now, done = time.time(), trainer.steps >= plan.steps
         if trainer.steps % 50 == 0 or done:
+            count = len(losses)
             loss, losses = torch.stack(losses).mean().item(), []
-            pace, logged = (now - logged) / 50, now
+            pace, logged = (now - logged) / count, now
             left = pace * (plan.steps - trainer.steps) / 60
             print(
                 f"step {trainer.steps:6d}  loss {loss:.4f}  {pace:.3f} s a step  "
@@ -655,13 +657,49 @@ def draw_sheet(pipe: Any, prompts: tuple[str, ...], size: int, path: Path) -> No
     """One picture a prompt, all from the same noise, as one image."""
     columns = 6
     with autocast():
-        images = pipe(list(prompts), height=size, width=size, seed=0).images
+        images = pipe(list(prompts), height=size, width=size, seed=0, steps=14).images
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * size, rows * size))
     for i, image in enumerate(images):
         sheet.paste(image, (i % columns * size, i // columns * size))
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
+
+
+class PlainAttention(TorchFunctionMode):
+    """Within it, attention is two matrix products and a softmax instead of torch's fused kernel.
+
+    On a CPU, at a few hundred tokens, the fused kernel's backward pass takes three to five times as
+    long, which made it a quarter of a training step.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            func = plain_attention
+        return func(*args, **(kwargs or {}))
+
+
+def plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """F.scaled_dot_product_attention without dropout: q (B, H, L, D), k and v (B, G, S, D)."""
+    B, H, L, D = q.shape
+    if enable_gqa:
+        k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
+    q, k, v = (x.to(v.dtype).reshape(B * H, -1, D) for x in (q, k, v))
+    factor = D**-0.5 if scale is None else scale
+    scores = torch.baddbmm(q.new_zeros(()), q, k.mT, beta=0, alpha=factor)  # (B * H, L, S)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).tril()
+    if attn_mask is not None:
+        scores = scores.view(B, H, L, -1)
+        if attn_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
+        else:
+            scores = scores + attn_mask.to(scores.dtype)
+        scores = scores.flatten(0, 1)
+    return torch.bmm(scores.softmax(dim=-1).to(v.dtype), v).view(B, H, L, D)
 
 
 def autocast() -> Any:

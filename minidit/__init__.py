@@ -17,6 +17,7 @@ from minidit.clip import CLIPTextEncoder
 from minidit.flow import denoise, flow_sigmas
 from minidit.gemma import GemmaEncoder
 from minidit.mmdit import MMDiT, MMDiTConfig
+
 try:
     from minidit.nextdit import NextDiT, NextDiTConfig
 except ImportError:

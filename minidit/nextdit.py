@@ -22,7 +22,7 @@ from minidit.parts import MLP, attention, batch_sigma, check_config, check_laten
 from ras.cache import KVCache
 from ras.tokens import flat_rows, patchify, put_, take, unpatchify
 
-Rope = tuple[Tensor, Tensor]  # cosines and sines, see `NextDiT._positions`
+Rope = tuple[Tensor, Tensor]  # cosines and sines, see `NextDiT._rotations`
 
 
 @dataclass(frozen=True)
@@ -147,15 +147,15 @@ class NextDiT(nn.Module):
         latents, context = (x.to(self.patch_embed.weight.dtype) for x in (latents, context))
         time = 1 - batch_sigma(sigma, latents)  # (B,), from 0 = noise to 1 = image
 
-        # 1. Embed and position all image tokens, keep the active rows.
-        x = patchify(latents, P).transpose(2, 3).flatten(2)  # (B, N, in_channels*P*P)
-        x = self.patch_embed(x)  # (B, N, C)
-        rope = self._positions(height // P, width // P, time, scaling_watershed)
-        N = x.shape[1]
-        rows = None  # of the self-attention caches
+        # 1. Keep the active rows of all image tokens, embed and position them.
+        patches = patchify(latents, P).transpose(2, 3).flatten(2)  # (B, N, in_channels*P*P)
+        N = patches.shape[1]
+        rows, tokens = None, torch.arange(N, device=latents.device)[None]  # (1, N)
         if active is not None:
-            rows = flat_rows(active, N)  # (B, K)
-            x, *rope = (take(each, rows) for each in (x, *rope))  # (B, K, C), (B, K, 1, D) twice
+            rows, tokens = flat_rows(active, N), active  # (B, K) both
+            patches = take(patches, rows)  # (B, K, in_channels*P*P)
+        x = self.patch_embed(patches)  # (B, K, C)
+        rope = self._rotations(tokens, height // P, width // P, time, scaling_watershed)
 
         # 2. Every block: active queries attend to all keys and values, fresh or cached.
         mask = context_mask.bool()
@@ -176,23 +176,21 @@ class NextDiT(nn.Module):
         x = unpatchify(x, height, width, P)  # (B, out_channels, height, width)
         return -x[:, : latents.shape[1]]  # (B, in_channels, height, width)
 
-    def _positions(self, h: int, w: int, time: Tensor, watershed: float) -> Rope:
-        """Cosines and sines of every token's rotation, each (B, h*w, 1, D) float32.
+    def _rotations(self, tokens: Tensor, h: int, w: int, time: Tensor, watershed: float) -> Rope:
+        """Cosines and sines for `rotate`, each (B, K, 1, D) float32, of tokens (B or 1, K).
 
         Channels 4i and 4i + 1 turn by row * f(i), channels 4i + 2 and 4i + 3 by column * f(i), with
         f(i) = 10000 ** (-4i / D). At `factor` times the trained size, early steps divide f by it,
         late ones multiply its base by it (NTK); the official pipeline does so below the trained
         size, too (diffusers pipeline_lumina.py and embeddings.py).
         """
-        c, device = self.config, time.device
+        c = self.config
         factor = math.sqrt(h * w) * c.patch_size / c.sample_size
-        exponent = torch.arange(c.head_dim // 4, device=device) * (-4 / c.head_dim)  # (D/4,)
+        exponent = torch.arange(c.head_dim // 4, device=time.device) * (-4 / c.head_dim)  # (D/4,)
         linear, ntk = 10000.0**exponent / factor, (10000.0 * factor) ** exponent
-        f = torch.where(time[:, None] < watershed, linear, ntk)[:, None, None]  # (B, 1, 1, D/4)
-        row = torch.arange(h, device=device)[:, None, None] * f  # (B, h, 1, D/4)
-        column = torch.arange(w, device=device)[:, None] * f  # (B, 1, w, D/4)
-        pairs = torch.stack(torch.broadcast_tensors(row, column), dim=4)  # (B, h, w, D/4, 2)
-        angle = pairs.view(len(time), h * w, 1, -1)  # (B, N, 1, D/2), one a channel pair
+        f = torch.where(time[:, None] < watershed, linear, ntk)[:, None, :, None]  # (B, 1, D/4, 1)
+        place = torch.stack((tokens // w, tokens % w), dim=2)  # (B or 1, K, 2): row, column
+        angle = (place[:, :, None] * f).flatten(2)[:, :, None]  # (B, K, 1, D/2), one a channel pair
         cos, sin = angle.cos(), angle.sin()
         return torch.stack((cos, cos), dim=4).flatten(3), torch.stack((-sin, sin), dim=4).flatten(3)
 
@@ -237,13 +235,13 @@ class Block(nn.Module):
         super().__init__()
         C, eps = config.hidden_size, config.norm_eps
         self.modulation = nn.Linear(config.cond_width, 4 * C)
-        self.attn_norm1 = nn.RMSNorm(C, eps=eps)
+        self.attn_norm1 = RMSNorm(C, eps)
         self.attn = Attention(config, index)
-        self.attn_norm2 = nn.RMSNorm(C, eps=eps)
-        self.ffn_norm1 = nn.RMSNorm(C, eps=eps)
+        self.attn_norm2 = RMSNorm(C, eps)
+        self.ffn_norm1 = RMSNorm(C, eps)
         self.mlp = GatedMLP(C, config.mlp_width)
-        self.ffn_norm2 = nn.RMSNorm(C, eps=eps)
-        self.context_norm = nn.RMSNorm(config.cross_attention_dim, eps=eps)
+        self.ffn_norm2 = RMSNorm(C, eps)
+        self.context_norm = RMSNorm(config.cross_attention_dim, eps)
 
     def forward(
         self,
@@ -259,11 +257,11 @@ class Block(nn.Module):
         """x (B, K, C), context (B, L, text width), mask (B, 1, 1, L), cond (B, cond_width) -> x."""
         modulation = self.modulation(cond)[:, None]  # (B, 1, 4C)
         scale_attn, gate_attn, scale_mlp, gate_mlp = modulation.chunk(4, dim=2)  # (B, 1, C) each
-        normed, text = self.attn_norm1(x) * (1 + scale_attn), self.context_norm(context)
-        out = self.attn(normed, text, mask, rope, scale, rows, cache)
-        x = torch.addcmul(x, gate_attn.tanh(), self.attn_norm2(out))
-        out = self.mlp(self.ffn_norm1(x) * (1 + scale_mlp))
-        return torch.addcmul(x, gate_mlp.tanh(), self.ffn_norm2(out))
+        text = self.context_norm(context)  # (B, L, text width)
+        out = self.attn(self.attn_norm1(x, 1 + scale_attn), text, mask, rope, scale, rows, cache)
+        x = x + self.attn_norm2(out, gate_attn.tanh())
+        out = self.mlp(self.ffn_norm1(x, 1 + scale_mlp))
+        return x + self.ffn_norm2(out, gate_mlp.tanh())
 
 
 class Attention(nn.Module):
@@ -332,7 +330,8 @@ class GatedMLP(nn.Module):
         self.w3 = nn.Linear(width, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        # in place, as these are by far the largest tensors of the network
+        return self.w2(F.silu(self.w1(x), inplace=True).mul_(self.w3(x)))
 
 
 class FinalLayer(nn.Module):
@@ -349,9 +348,25 @@ class FinalLayer(nn.Module):
         return self.linear(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale))
 
 
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, where the weight takes a modulation along: no pass of its own over x."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor, modulation: Tensor | float = 1.0) -> Tensor:
+        """x (B, tokens, width), modulation (B, 1, width) -> the shape and type of x."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=2, keepdim=True, dtype=wide)  # (B, tokens, 1)
+        inverse = (norm.square() / x.shape[2] + self.eps).rsqrt().to(x.dtype)
+        return x * inverse * (self.weight * modulation)
+
+
 def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Turn adjacent channels of x (B, K, H, D) pair by pair, in float32 as the official code."""
     cos, sin = rope  # (B, K, 1, D) each, sin negative at even channels
     wide = x.to(torch.promote_types(x.dtype, cos.dtype))
     swapped = wide.unflatten(3, (-1, 2)).flip(4).flatten(3)  # (B, K, H, D)
-    return torch.addcmul(wide * cos, swapped, sin).to(x.dtype)
+    return (wide * cos).addcmul_(swapped, sin).to(x.dtype)

@@ -1,171 +1,380 @@
-"""AutoencoderKL: pictures to latents and back, the VAE of SD3 and, with other sizes, of SDXL.
+"""AutoencoderKL: pictures to latents and back; the VAE of SD3 and, with other sizes, of SDXL.
 
-A convolutional autoencoder (arXiv 2112.10752) with one attention in the middle of each half.
-B batch, C channels, H and W size of the picture, h and w size of the latents.
+The convolutional autoencoder of latent diffusion (arXiv 2112.10752): residual blocks, halving or
+doubling the size between levels, and one attention over all positions in the middle of each half.
+Large pictures are decoded in strips of rows, with the same result as in one piece.
+
+B batch, C channels, H and W size at hand, h and w size of the latents, G groups of a GroupNorm.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidit.parts import check_config
+from minidit.parts import attention, check_config
+
+ONE_PIECE = 128 * 128  # latents of the largest picture decoded in one piece: 1024 x 1024 pixels
+STRIP = 64 * 64  # latents in a strip of a larger one
+HALO = 2  # rows that a strip's neighbours lend: two 3x3 convolutions, or three after doubling
 
 
 @dataclass(frozen=True)
 class VAEConfig:
+    """Sizes of an AutoencoderKL; the fields carry the names of the official vae/config.json."""
+
     in_channels: int = 3
     out_channels: int = 3
     latent_channels: int = 4
     block_out_channels: tuple[int, ...] = (64,)
+    down_block_types: tuple[str, ...] | None = None
+    up_block_types: tuple[str, ...] | None = None
     layers_per_block: int = 1
     norm_num_groups: int = 32
     act_fn: str = "silu"
-    sample_size: int = 32
-    scaling_factor: float = 0.18215
-    shift_factor: float | None = None
-    force_upcast: bool = True
+    mid_block_add_attention: bool = True
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
-    mid_block_add_attention: bool = True
+    sample_size: int = 32  # pixels a side of the training pictures
+    scaling_factor: float = 0.18215
+    shift_factor: float | None = None
+    force_upcast: bool = True  # float16 overflows: the pipeline then runs the VAE in float32
+
+    @property
+    def downscale(self) -> int:
+        """Pixels a latent, along each side: 8 for every published VAE."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    def __post_init__(self) -> None:
+        check_config(self)
+        widths, groups = self.block_out_channels, self.norm_num_groups
+        if not widths or any(width < 1 or width % groups for width in widths):
+            raise ValueError(
+                f"block_out_channels is {widths}, must be one or more positive multiples of "
+                f"norm_num_groups = {groups}"
+            )
+        for name, kind in (("down", "DownEncoderBlock2D"), ("up", "UpDecoderBlock2D")):
+            types = getattr(self, f"{name}_block_types")
+            if types is not None and types != (kind,) * len(widths):
+                raise ValueError(f"{name}_block_types is {types}, must be {len(widths)} x {kind!r}")
+        if self.act_fn != "silu":
+            raise ValueError(f"act_fn is {self.act_fn!r}, must be 'silu'")
+        if not self.mid_block_add_attention:
+            raise ValueError("mid_block_add_attention is False, must be True")
+        if not math.isfinite(self.scaling_factor) or self.scaling_factor == 0:
+            raise ValueError(f"scaling_factor is {self.scaling_factor}, must be finite and not 0")
 
 
 class AutoencoderKL(nn.Module):
+    """The autoencoder; latents are scaled and shifted as the diffusion transformers want them."""
+
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         self.config = c = config
         self.encoder = Encoder(c)
         self.decoder = Decoder(c)
-        if c.use_quant_conv:
-            self.quant_conv = nn.Conv2d(2 * c.latent_channels, 2 * c.latent_channels, 1)
-        if c.use_post_quant_conv:
-            self.post_quant_conv = nn.Conv2d(c.latent_channels, c.latent_channels, 1)
+        z = c.latent_channels
+        self.quant_conv = nn.Conv2d(2 * z, 2 * z, 1) if c.use_quant_conv else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(z, z, 1) if c.use_post_quant_conv else nn.Identity()
 
-    def moments(self, image):
-        x = self.encoder(image)
-        if self.config.use_quant_conv:
-            x = self.quant_conv(x)
-        mean, logvar = x.chunk(2, dim=1)
+    def moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log variance of the latents, (B, latent_channels, h, w) each, unscaled.
+
+        image (B, in_channels, H, W) in [-1, 1]; the log variance is clamped to [-30, 20].
+        Raises ValueError unless config.downscale divides H and W.
+        """
+        c = self.config
+        check_pixels(image, c.in_channels, "image")
+        height, width = image.shape[-2:]
+        if height % c.downscale or width % c.downscale:
+            raise ValueError(f"image is {height}x{width}, both must be multiples of {c.downscale}")
+        x = self.encoder(fast_layout(image.to(self._dtype)))  # (B, 2 * latent_channels, h, w)
+        mean, logvar = self.quant_conv(x).contiguous().chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
-    def decode(self, latents, tile=None):
-        z = latents / self.config.scaling_factor + (self.config.shift_factor or 0.0)
-        if self.config.use_post_quant_conv:
-            z = self.post_quant_conv(z)
-        return self.decoder(z)
+    def encode(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Scaled latents (B, latent_channels, h, w) of an image (B, in_channels, H, W) in [-1, 1].
+
+        The mean of their distribution, or with a generator a sample of it; the generator may live
+        on any device. Raises ValueError unless config.downscale divides H and W.
+        """
+        z, logvar = self.moments(image)
+        if generator is not None:
+            noise = torch.randn(z.shape, generator=generator, device=generator.device)
+            z = z + (logvar / 2).exp() * noise.to(z)
+        return (z - (self.config.shift_factor or 0.0)) * self.config.scaling_factor
+
+    def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
+        """Image (B, out_channels, H, W), unclamped, of scaled latents (B, latent_channels, h, w).
+
+        tile is how many rows of latents to decode at a time; it changes time and memory, not the
+        picture. By default pictures of up to 1024 x 1024 pixels are decoded in one piece, larger
+        ones in strips of 512 x 512 pixels or as much (tile=h for one piece).
+
+        At the width of the published VAEs one piece needs 640 numbers a pixel: 2.7 GB for 1024 x
+        1024 in float32, half of it in bfloat16. Strips need 256 a pixel and 640 a pixel of the
+        strip: 5 GB for 2048 x 2048 instead of 10.7, for about twice the arithmetic.
+        Raises ValueError for latents of another shape or type, or a tile below 1.
+        """
+        c = self.config
+        check_pixels(latents, c.latent_channels, "latents")
+        if tile is not None and (type(tile) is not int or tile < 1):
+            raise ValueError(f"tile is {tile!r}, must be a number of rows of at least 1, or None")
+        height, width = latents.shape[-2:]
+        if tile is None:
+            tile = height if height * width <= ONE_PIECE else max(1, STRIP // width)
+        # scaled before it is rounded to the dtype of the weights
+        z = latents.to(torch.promote_types(latents.dtype, self._dtype))
+        z = z / c.scaling_factor + (c.shift_factor or 0.0)
+        z = self.post_quant_conv(fast_layout(z.to(self._dtype)))
+        return self.decoder(z, strips=math.ceil(height / tile)).contiguous()
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.decoder.conv_in.weight.dtype
 
 
 class Encoder(nn.Module):
+    """Picture (B, in_channels, H, W) -> mean and log variance (B, 2 * latent_channels, h, w)."""
+
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         c, widths = config, config.block_out_channels
         self.conv_in = conv3x3(c.in_channels, widths[0])
         self.down = nn.ModuleList()
         for i, width in enumerate(widths):
-            self.down.append(
-                Level(c, widths[max(i - 1, 0)], width, c.layers_per_block,
-                      down=i < len(widths) - 1)
-            )
-        self.mid = Mid(c)
-        self.norm_out = norm(c, widths[-1])
+            level = Level(widths[max(i - 1, 0)], width, c.layers_per_block, c.norm_num_groups)
+            level.downsample = Downsample(width) if i < len(widths) - 1 else nn.Identity()
+            self.down.append(level)
+        self.mid = Middle(widths[-1], c.norm_num_groups)
+        self.norm_out = group_norm(widths[-1], c.norm_num_groups)
         self.conv_out = conv3x3(widths[-1], 2 * c.latent_channels)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for level in self.down:
-            x = level(x)
-        x = self.mid(x)
-        return self.conv_out(F.silu(self.norm_out(x), inplace=True))
+            x = level.downsample(level(x))  # (B, C, H / 2, W / 2), except in the last level
+        return self.conv_out(silu_(self.norm_out(self.mid(x))))
 
 
 class Decoder(nn.Module):
+    """Unscaled latents (B, latent_channels, h, w) -> picture (B, out_channels, H, W)."""
+
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         c, widths = config, config.block_out_channels[::-1]
         self.conv_in = conv3x3(c.latent_channels, widths[0])
-        self.mid = Mid(c)
+        self.mid = Middle(widths[0], c.norm_num_groups)
         self.up = nn.ModuleList()
         for i, width in enumerate(widths):
-            self.up.append(
-                Level(c, widths[max(i - 1, 0)], width, c.layers_per_block + 1,
-                      up=i < len(widths) - 1)
-            )
-        self.norm_out = norm(c, widths[-1])
+            level = Level(widths[max(i - 1, 0)], width, c.layers_per_block + 1, c.norm_num_groups)
+            level.upsample = Upsample(width) if i < len(widths) - 1 else nn.Identity()
+            self.up.append(level)
+        self.norm_out = group_norm(widths[-1], c.norm_num_groups)
         self.conv_out = conv3x3(widths[-1], c.out_channels)
 
-    def forward(self, x):
-        x = self.mid(self.conv_in(x))
+    def forward(self, z: Tensor, strips: int = 1) -> Tensor:
+        x = self.mid(self.conv_in(z))  # whole: every position attends to every other
+        if strips > 1:
+            return self._in_strips(x, strips)
         for level in self.up:
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x), inplace=True))
+            x = level.upsample(level(x))  # (B, C, 2H, 2W), except in the last level
+        return self.conv_out(silu_(self.norm_out(x)))
+
+    def _in_strips(self, x: Tensor, strips: int) -> Tensor:
+        """The rest of `forward`, block after block, each block a strip of rows at a time.
+
+        GroupNorm needs the whole picture's statistics: a block is run once for each of its norms to
+        gather them, and once more for its output. Only the outputs are kept whole; enlarging, which
+        makes the largest tensors, is repeated in the strips of the block that follows.
+        """
+        enlarge: nn.Module = nn.Identity()
+        for level in self.up:
+            for block in level.resnets:
+                x = block_in_strips(block, enlarge, x, strips)
+                enlarge = nn.Identity()
+            enlarge = level.upsample
+        norm = whole_norm(self.norm_out, in_strips(nn.Identity(), x, strips))
+        return join(in_strips(lambda s: self.conv_out(silu_(norm(s))), x, strips), x.shape[2])
 
 
 class Level(nn.Module):
-    def __init__(self, c, width_in, width, count, down=False, up=False):
+    """The residual blocks of one size; encoder and decoder add what changes the size after it."""
+
+    def __init__(self, width_in: int, width: int, count: int, groups: int) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(
-            Resnet(c, width_in if j == 0 else width, width) for j in range(count)
+            ResnetBlock(width if j else width_in, width, groups) for j in range(count)
         )
-        if down:
-            self.downsample = nn.Conv2d(width, width, 3, stride=2)
-        if up:
-            self.upsample = conv3x3(width, width)
 
-    def forward(self, x):
-        for r in self.resnets:
-            x = r(x)
-        if hasattr(self, "downsample"):
-            x = self.downsample(F.pad(x, (0, 1, 0, 1)))
-        if hasattr(self, "upsample"):
-            x = self.upsample(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    def forward(self, x: Tensor) -> Tensor:
+        for resnet in self.resnets:
+            x = resnet(x)
         return x
 
 
-class Mid(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        width = c.block_out_channels[-1]
-        self.resnet1 = Resnet(c, width, width)
-        self.attn = Attention(c, width)
-        self.resnet2 = Resnet(c, width, width)
+class Middle(nn.Module):
+    """Residual block, attention, residual block, at the size of the latents."""
 
-    def forward(self, x):
+    def __init__(self, width: int, groups: int) -> None:
+        super().__init__()
+        self.resnet1 = ResnetBlock(width, width, groups)
+        self.attn = Attention(width, groups)
+        self.resnet2 = ResnetBlock(width, width, groups)
+
+    def forward(self, x: Tensor) -> Tensor:
         return self.resnet2(self.attn(self.resnet1(x)))
 
 
-class Resnet(nn.Module):
-    def __init__(self, c, width_in, width):
+Norm = Callable[[Tensor], Tensor]
+
+
+class ResnetBlock(nn.Module):
+    """x plus twice (GroupNorm, SiLU, 3x3 convolution) of it."""
+
+    def __init__(self, width_in: int, width: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = norm(c, width_in)
+        self.norm1 = group_norm(width_in, groups)
         self.conv1 = conv3x3(width_in, width)
-        self.norm2 = norm(c, width)
+        self.norm2 = group_norm(width, groups)
         self.conv2 = conv3x3(width, width)
         self.shortcut = nn.Conv2d(width_in, width, 1) if width_in != width else nn.Identity()
 
-    def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x), inplace=True))
-        h = self.conv2(F.silu(self.norm2(h), inplace=True))
+    def forward(self, x: Tensor, norm1: Norm | None = None, norm2: Norm | None = None) -> Tensor:
+        """norm1 and norm2 stand in for the block's own where x is a part of the picture."""
+        h = self.first_half(x, norm1 or self.norm1)
+        h = self.conv2(silu_((norm2 or self.norm2)(h)))
         return self.shortcut(x) + h
+
+    def first_half(self, x: Tensor, norm1: Norm) -> Tensor:
+        """What norm2 sees."""
+        return self.conv1(silu_(norm1(x)))
 
 
 class Attention(nn.Module):
-    def __init__(self, c, width):
+    """Single-head self-attention over all positions of (B, C, H, W), added to its input."""
+
+    def __init__(self, width: int, groups: int) -> None:
         super().__init__()
-        self.norm = norm(c, width)
-        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.norm = group_norm(width, groups)
+        self.q = nn.Linear(width, width)
+        self.k = nn.Linear(width, width)
+        self.v = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
 
-    def forward(self, x):
-        t = self.norm(x).flatten(2).transpose(1, 2)[:, None]
-        t = F.scaled_dot_product_attention(self.q(t), self.k(t), self.v(t))
-        return x + self.out(t[:, 0]).transpose(1, 2).reshape(x.shape)
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, H*W, C)
+        q, k, v = (f(tokens)[:, :, None] for f in (self.q, self.k, self.v))  # (B, H*W, 1, C)
+        tokens = self.out(attention(q, k, v))  # (B, H*W, C)
+        return x + tokens.transpose(1, 2).unflatten(2, x.shape[2:])  # (B, C, H, W)
 
 
-def conv3x3(a, b):
-    return nn.Conv2d(a, b, 3, padding=1)
+class Downsample(nn.Conv2d):
+    """(B, C, H, W) -> (B, C, H / 2, W / 2). Padding is at the right and the bottom only."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, width, kernel_size=3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (0, 1, 0, 1)))
 
 
-def norm(c, width):
-    return nn.GroupNorm(c.norm_num_groups, width, eps=1e-6)
+class Upsample(nn.Conv2d):
+    """(B, C, H, W) -> (B, C, 2H, 2W): every position four times, then a 3x3 convolution."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, width, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def conv3x3(width_in: int, width: int) -> nn.Conv2d:
+    return nn.Conv2d(width_in, width, kernel_size=3, padding=1)
+
+
+def group_norm(width: int, groups: int) -> nn.GroupNorm:
+    return nn.GroupNorm(groups, width, eps=1e-6)
+
+
+def silu_(x: Tensor) -> Tensor:
+    """SiLU in place: at full size every tensor counts, and nobody else needs the norm's output."""
+    return F.silu(x, inplace=True)
+
+
+def fast_layout(x: Tensor) -> Tensor:
+    """Channels last on a CPU, where that makes bfloat16 twice and float32 a little faster."""
+    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
+
+
+def check_pixels(x: Tensor, channels: int, name: str) -> None:
+    """Raise ValueError unless x is (B, channels, H, W), not empty and floating point."""
+    if x.ndim != 4 or x.shape[1] != channels or 0 in x.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}, must be (batch, {channels}, height, width)"
+        )
+    if not x.is_floating_point():
+        raise ValueError(f"{name} is {x.dtype}, must be floating point")
+
+
+def in_strips(f: Callable[[Tensor], Tensor], x: Tensor, strips: int) -> Iterator[Tensor]:
+    """f(x) in strips of rows from top to bottom; f sees HALO more rows of x on either side."""
+    height = x.shape[2]
+    rows = math.ceil(height / strips)
+    for top in range(0, height, rows):
+        start, stop = max(top - HALO, 0), min(top + rows + HALO, height)
+        y = f(fast_layout(x[:, :, start:stop]))
+        scale = y.shape[2] // (stop - start)  # 2 where f doubles the size
+        yield y.narrow(2, (top - start) * scale, min(rows, height - top) * scale)
+
+
+def block_in_strips(block: ResnetBlock, enlarge: nn.Module, x: Tensor, strips: int) -> Tensor:
+    """block(enlarge(x)), computed in strips."""
+    norm1 = whole_norm(block.norm1, in_strips(enlarge, x, strips))
+    seen = in_strips(lambda s: block.first_half(enlarge(s), norm1), x, strips)
+    norm2 = whole_norm(block.norm2, seen)
+    height = x.shape[2] * (2 if isinstance(enlarge, Upsample) else 1)
+    return join(in_strips(lambda s: block(enlarge(s), norm1, norm2), x, strips), height)
+
+
+def join(strips: Iterator[Tensor], height: int) -> Tensor:
+    """Strips one below the other, (B, C, height, W)."""
+    first = next(strips)
+    out = first.new_empty((*first.shape[:2], height, first.shape[3]))
+    top = 0
+    for strip in itertools.chain([first], strips):
+        out[:, :, top : top + strip.shape[2]] = strip
+        top += strip.shape[2]
+    return out
+
+
+def whole_norm(norm: nn.GroupNorm, strips: Iterator[Tensor]) -> Norm:
+    """`norm` for any part of a picture, with the statistics of the whole, given as strips."""
+    means, variances, rows = [], [], []
+    for strip in strips:
+        x = exact(strip).unflatten(1, (norm.num_groups, -1))  # (B, G, C / G, rows, W)
+        variance, mean = torch.var_mean(x, dim=(2, 3, 4), correction=0)  # (B, G) each
+        means.append(mean)
+        variances.append(variance)
+        rows.append(x.shape[3])
+    shares = [count / sum(rows) for count in rows]
+    mean = sum(s * m for s, m in zip(shares, means, strict=True))  # (B, G)
+    spread = [v + (m - mean) ** 2 for v, m in zip(variances, means, strict=True)]
+    variance = sum(s * v for s, v in zip(shares, spread, strict=True))  # (B, G)
+
+    per_group = norm.num_channels // norm.num_groups
+    mean = mean.repeat_interleave(per_group, dim=1)  # (B, C)
+    scale = (variance + norm.eps).rsqrt().repeat_interleave(per_group, dim=1) * norm.weight
+    scale, shift = (x[:, :, None, None] for x in (scale, norm.bias - mean * scale))  # (B, C, 1, 1)
+    return lambda x: torch.addcmul(shift, exact(x), scale).to(x.dtype)
+
+
+def exact(x: Tensor) -> Tensor:
+    """At least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ras.reuse import REUSE
@@ -42,12 +42,12 @@ class RASConfig:
     start: int = 4
     end: int | None = None
     refresh: int | tuple[int, ...] = 2
-    score: str = "std"
-    prefer: str = "low"
-    starvation: float = 0.1
+    score: str = "drift"
+    prefer: str = "high"
+    starvation: float = 0.0
     starved_by: str = "age"
     max_stale: int | None = None
-    reuse: str = "hold"
+    reuse: str = "extrapolate"
     seed: int = 0
     official: Upstream | None = None
 
@@ -102,7 +102,13 @@ class RASConfig:
         unknown = [name for name in settings if name not in known]
         if unknown:
             raise ValueError(f"upstream has no setting {unknown[0]!r}, only {', '.join(known)}")
-        return cls(official=Upstream(**settings))
+        return cls(reuse="hold", official=Upstream(**settings))
+
+    def with_ratio(self, ratio: float) -> RASConfig:
+        """The same configuration at another share of active tokens."""
+        if self.official is None:
+            return replace(self, ratio=ratio)
+        return replace(self, official=replace(self.official, sample_ratio=ratio))
 
 
 def _is_int(value: object) -> bool:
@@ -114,11 +120,14 @@ def _is_number(value: object) -> bool:
 
 
 PRESETS = {
+    # What measures best on the embedded models (docs/ras.md).
     "default": RASConfig(),
     # The paper as written: low std is active (3.3), D counts drops and lets long-stale tokens
     # recover (3.4), first 4 of 28 steps dense, refresh at 12 and 20 of 30 (3.5). Neither k nor how
     # far the ratio falls is given.
-    "paper": RASConfig(starved_by="skips", starvation=1.0, fall=0.25),
+    "paper": RASConfig(
+        score="std", prefer="low", starvation=1.0, starved_by="skips", fall=0.25, reuse="hold"
+    ),
     # The two official scripts, as they run: starvation_scale is parsed but never applied (D01).
     "upstream_sd3": RASConfig.upstream(
         high_ratio=0.3, scheduler_end_step=28, error_reset_steps=(12, 20)

@@ -144,7 +144,7 @@ def test_encoders_beside_a_single_file(below: str, sd3, tmp_path: Path) -> None:
         save_file(to_sai(name, parts[name]), tmp_path / below / f"{file}.safetensors")
     write_tokenizers(tmp_path, "sd3")
     same_model(path, sd3[1])
-    same_model(path, {**sd3[1], "text_encoder_3": None}, t5=False)
+    same_model(path, {**sd3[1], "text_encoder_3": None}, use_t5=False)
 
 
 def test_encoders_named(sd3, tmp_path: Path) -> None:

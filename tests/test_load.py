@@ -250,7 +250,7 @@ def test_whole_models(tmp_path: Path) -> None:
     family, parts = load_parts(folder, dtype=torch.float16)
     assert family == "sd3" and parts["scheduler"].shift == 3.0
     assert parts["text_encoder_3"] is not None and parts["tokenizer_3"] is not None
-    without = load_parts(folder, t5=False)[1]
+    without = load_parts(folder, use_t5=False)[1]
     assert without["text_encoder_3"] is None
 
     index = json.loads((folder / "model_index.json").read_text())
@@ -277,7 +277,7 @@ def test_listed_but_absent_component(tmp_path: Path) -> None:
     (folder / "text_encoder_3").rename(folder / "elsewhere")
     with pytest.raises(FileNotFoundError, match="lacks text_encoder_3"):
         load_parts(folder)
-    assert load_parts(folder, t5=False)[1]["text_encoder_3"] is None
+    assert load_parts(folder, use_t5=False)[1]["text_encoder_3"] is None
     with pytest.raises(FileNotFoundError, match="no transformer|transformer.*config.json"):
         (folder / "transformer" / "config.json").unlink()
         load_parts(folder)

@@ -126,7 +126,9 @@ def test_a_regional_step_updates_the_cache_in_place_and_copies_nothing(family):
     size = cache.nbytes
     model(noise(1, 8, 8), 0.5, **cond, active=torch.tensor([[1, 2]]), cache=cache)
     assert before == {layer: [x.data_ptr() for x in cache[layer]] for layer in cache}
-    assert size == cache.nbytes == sum(k.nbytes + v.nbytes for k, v in map(cache.__getitem__, cache))
+    assert (
+        size == cache.nbytes == sum(k.nbytes + v.nbytes for k, v in map(cache.__getitem__, cache))
+    )
     cache.clear()
     assert cache.nbytes == 0
 

@@ -120,6 +120,11 @@ def test_presets():
         RASConfig.upstream(ratio=0.5)
 
 
+def test_with_ratio_reaches_the_official_settings_too():
+    assert RASConfig.preset("paper").with_ratio(0.25).ratio == 0.25
+    assert RASConfig.preset("upstream_sd3").with_ratio(0.25).official.sample_ratio == 0.25
+
+
 def test_upstream_counts_as_its_scripts_have_them():
     sd3 = plan(RASConfig.preset("upstream_sd3"), 28, 4096)
     assert {step.active for step in sd3} == {4096, 4096 - 2047}  # both bars rounded down

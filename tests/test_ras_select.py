@@ -51,7 +51,9 @@ def test_active_and_stale_partition_the_tokens(seed, batch, tokens, ratio, data)
 @given(seeds, st.integers(4, 40), st.sampled_from(["low", "high"]))
 def test_prefer_names_the_active_end(seed, tokens, prefer):
     history = observe(None, random_velocity(seed, 2, tokens), None, None, *ONE)
-    active = mask_of(select(RASConfig(prefer=prefer), history, tokens // 2, 28), tokens)
+    active = mask_of(
+        select(RASConfig(score="std", prefer=prefer), history, tokens // 2, 28), tokens
+    )
     score = SCORES["std"](history)
     for row, chosen in zip(score, active, strict=True):
         inside, outside = row[chosen], row[~chosen]
@@ -74,14 +76,16 @@ def test_more_starvation_never_starves_more(seed, tokens, ratio, weights, prefer
     field = random_velocity(seed, 1, tokens)
     never = []
     for weight in sorted(weights):
-        config = RASConfig(ratio=ratio, starvation=weight, prefer=prefer, starved_by=by)
+        config = RASConfig(
+            ratio=ratio, score="std", starvation=weight, prefer=prefer, starved_by=by
+        )
         never.append(int((~sets_of(config, [field] * steps).any(dim=0)).sum()))
     assert never == sorted(never, reverse=True)
 
 
 @given(seeds, st.integers(3, 40), st.sampled_from(["low", "high"]))
 def test_starvation_that_outweighs_every_score_starves_nobody(seed, tokens, prefer):
-    config = RASConfig(ratio=0.3, starvation=1e3, prefer=prefer)
+    config = RASConfig(ratio=0.3, score="std", starvation=1e3, prefer=prefer)
     count = max(1, round(0.3 * tokens))
     fields = [random_velocity(seed + i, 1, tokens) for i in range(-(-tokens // count))]
     assert sets_of(config, fields).any(dim=0).all()
@@ -92,6 +96,7 @@ def test_the_staleness_bound_holds(seed, tokens, bound, starvation, data):
     config = RASConfig(
         ratio=data.draw(st.floats(min(0.99, 1.2 / (bound + 1) + 1 / tokens), 0.99)),
         max_stale=bound,
+        score="std",
         starvation=starvation,
         start=1,
         refresh=0,
@@ -108,7 +113,7 @@ def test_the_staleness_bound_holds(seed, tokens, bound, starvation, data):
 
 def test_the_bound_is_tight():
     """With exactly as many active tokens as the bound needs, it is reached but not passed."""
-    config = RASConfig(ratio=0.25, max_stale=3, starvation=0, start=1, refresh=0)
+    config = RASConfig(ratio=0.25, score="std", max_stale=3, start=1, refresh=0)
     masks = sets_of(config, [random_velocity(0, 1, 64)] * 20)
     assert (masks.float().mean(dim=0) == 0.25).all()  # everybody in turns
 
@@ -118,7 +123,7 @@ def test_half_precision_selects_what_float32_selects(seed, dtype, starvation):
     """Scores, ages and their product are float32 whatever the model's dtype: no exp(-k * age) can
     underflow, as it does upstream after 28 steps (D18)."""
     fields = [random_velocity(seed + i, 2, 32).to(dtype) for i in range(30)]
-    config = RASConfig(ratio=0.5, starvation=starvation, starved_by="skips")
+    config = RASConfig(ratio=0.5, score="std", starvation=starvation, starved_by="skips")
     assert sets_of(config, fields).equal(sets_of(config, [f.float() for f in fields]))
 
 
@@ -174,7 +179,9 @@ def test_history_keeps_the_last_two_velocities_of_every_token():
     active = torch.tensor([[0, 2]])
     history = observe(None, first, None, None, *ONE, seed=7)
     history = observe(history, second, first, active, torch.tensor(0.8), torch.tensor(0.5))
-    history = observe(history, third, history.last, active[:, :1], torch.tensor(0.5), torch.tensor(0.2))
+    history = observe(
+        history, third, history.last, active[:, :1], torch.tensor(0.5), torch.tensor(0.2)
+    )
     assert history.velocity.equal(
         torch.stack((third[0, 0], first[0, 1], second[0, 2], first[0, 3]))[None]
     )

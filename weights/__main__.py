@@ -17,9 +17,9 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m weights", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    inspect = commands.add_parser("inspect", help="say what a model is and what it lacks to run")
+    look = commands.add_parser("inspect", help="say what a model is and what it lacks to run")
     write = commands.add_parser("convert", help="write a model in the diffusers folder layout")
-    for command in (inspect, write):
+    for command in (look, write):
         command.add_argument("path", help="folder, single file or hub id")
         command.add_argument(
             "--with", dest="extra", action="append", default=[], metavar="PATH",
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.command == "inspect":
-            return _inspect(options)
+            return inspect(options.path, not options.no_t5, options.extra)
         model = convert(options.path, options.out, not options.no_t5, options.extra, report=print)
     except (ValueError, OSError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -41,12 +41,11 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _inspect(options: argparse.Namespace) -> int:
-    names = [n for n in COMPONENTS if n != "text_encoder_3" or not options.no_t5]
-    path = resolve(options.path, names, weights=False)
-    extra = [resolve(place, names, weights=False) for place in options.extra]
-    model = open_model(path, not options.no_t5, extra)
-    lines, sound = describe(model)
+def inspect(path: str, use_t5: bool, extra: list[str]) -> int:
+    """Print what a model is; 0 if all that is there is sound. Fetches no weights from the hub."""
+    names = [name for name in COMPONENTS if use_t5 or name != "text_encoder_3"]
+    others = [resolve(place, names, weights=False) for place in extra]
+    lines, sound = describe(open_model(resolve(path, names, weights=False), use_t5, others))
     print("\n".join(lines))
     return 0 if sound else 1
 

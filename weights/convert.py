@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from weights.files import DTYPES, Tensors
 from weights.keymap import Recipe, read_into, recipes, write_out
-from weights.model import FAMILIES, Model, open_model
+from weights.model import COMPONENTS, FAMILIES, Model, open_model
 from weights.networks import KINDS, Part, build, stem
 from weights.resolve import resolve
 
@@ -51,10 +52,10 @@ LUMINA_CLASSES = CLASSES | {
 
 
 def convert(
-    source: str | Path,
-    out: str | Path,
-    t5: bool = True,
-    extra: Sequence[str | Path] = (),
+    source: str | PathLike[str],
+    out: str | PathLike[str],
+    use_t5: bool = True,
+    extra: Sequence[str | PathLike[str]] = (),
     report: Callable[[str], None] = lambda line: None,
 ) -> Model:
     """Write a model as the folder `out` in the diffusers layout; returns what was read.
@@ -68,7 +69,8 @@ def convert(
         raise FileExistsError(f"{out} is there already: name a folder that is not")
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"there is no folder {out.absolute().parent} to write into")
-    model = open_model(resolve(source), t5, [resolve(place) for place in extra])
+    names = [name for name in COMPONENTS if use_t5 or name != "text_encoder_3"]
+    model = open_model(resolve(source, names), use_t5, [resolve(place, names) for place in extra])
     parts = {name: part for name, part in model.parts.items() if name not in model.missing}
     if not parts:
         raise FileNotFoundError(f"{model.where} has no weights to convert")
@@ -177,7 +179,7 @@ def _index(model: Model) -> dict[str, Any]:
     """model_index.json; it also lists what is needed and missing, so that loading can say so."""
     family = FAMILIES[str(model.family)]
     classes = LUMINA_CLASSES if model.family == "lumina" else CLASSES
-    listed = {*family.needs, "scheduler", *model.parts, *model.tokenizers}
+    listed = {*family.needs, "scheduler", *model.parts, *model.tokenizers, *model.missing}
     optional = [] if model.family == "lumina" else ["text_encoder_3", "tokenizer_3"]
     values: dict[str, Any] = {"_class_name": family.pipeline}
     for name in (*family.needs, "scheduler", *optional):

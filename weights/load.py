@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -33,23 +34,23 @@ __all__ = ["COMPONENTS", "config_from_json", "load_component", "load_module", "l
 
 
 def load_parts(
-    path: str | Path,
+    path: str | PathLike[str],
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
-    t5: bool = True,
-    extra: Sequence[str | Path] = (),
+    use_t5: bool = True,
+    extra: Sequence[str | PathLike[str]] = (),
 ) -> tuple[str, dict[str, Any]]:
     """A whole model: its family, "sd3" or "lumina", and its components by name.
 
     path    folder, single file or hub id; see `weights.resolve`
     device  "meta" checks every name and shape of the files and reads no data
-    t5      False leaves SD3's third text encoder out; then it is None, as where there is none
+    use_t5  False leaves SD3's third text encoder out; then it is None, as where there is none
     extra   files or folders with what is missing, where it is not beside a single file
     Raises ValueError or FileNotFoundError, before any data is read if a file is missing or unsound.
     """
     device, dtype = check_target(device, dtype)
-    names = [name for name in COMPONENTS if t5 or name != "text_encoder_3"]
-    model = open_model(resolve(path, names), t5, [resolve(place, names) for place in extra])
+    names = [name for name in COMPONENTS if use_t5 or name != "text_encoder_3"]
+    model = open_model(resolve(path, names), use_t5, [resolve(place, names) for place in extra])
     require(model)
     for part in model.parts.values():
         build(part)
@@ -64,7 +65,7 @@ def load_parts(
 
 
 def load_component(
-    path: str | Path,
+    path: str | PathLike[str],
     name: str,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,

@@ -96,26 +96,26 @@ class Model:
         return kinds[self.parts["transformer"].kind] if "transformer" in self.parts else None
 
 
-def open_model(path: Path, t5: bool = True, extra: Sequence[Path] = ()) -> Model:
+def open_model(path: Path, use_t5: bool = True, extra: Sequence[Path] = ()) -> Model:
     """Find the parts of a model in a local folder or file, from names and headers alone.
 
-    t5      False leaves T5's weights out of SD3
+    use_t5  False leaves T5's weights out of SD3
     extra   more files or folders to look in for what is not beside the model
     Raises FileNotFoundError or ValueError if there is nothing that can be understood; what is only
     missing is listed in the model.
     """
     file = path if path.is_file() else _one_file(path)
-    model = _open_folder(path, t5) if file is None else _open_file(file, t5, extra)
+    model = _open_folder(path, use_t5) if file is None else _open_file(file, use_t5, extra)
     _check_together(model)
     return model
 
 
-def _open_folder(folder: Path, t5: bool) -> Model:
+def _open_folder(folder: Path, use_t5: bool) -> Model:
     """The diffusers layout."""
     listed = _listed(folder)
     model = Model(folder, "folder in the diffusers layout")
     for name in COMPONENTS:
-        if name not in listed or (name == "text_encoder_3" and not t5):
+        if name not in listed or (name == "text_encoder_3" and not use_t5):
             continue
         try:
             if name in ROLES:
@@ -129,13 +129,18 @@ def _open_folder(folder: Path, t5: bool) -> Model:
             model.missing[name] = str(error)
     family = FAMILIES.get(model.family or "")
     if family:
-        for name in (*family.needs, "scheduler"):
+        for name in (*_wanted(model, family), "scheduler"):
             if name not in listed:
                 model.missing[name] = f"there is no folder {name} in {folder}"
     if model.scheduler and family:
         given = read_json(folder / "scheduler" / "scheduler_config.json")
         model.scheduler = _with_defaults(model.scheduler, family, folder, given)
     return model
+
+
+def _wanted(model: Model, family: Family) -> tuple[str, ...]:
+    """The components that a model needs; T5 is optional, but not without its tokenizer."""
+    return (*family.needs, *(["tokenizer_3"] if "text_encoder_3" in model.parts else []))
 
 
 def _listed(folder: Path) -> list[str]:
@@ -175,7 +180,7 @@ def _one_file(folder: Path) -> Path | None:
     )
 
 
-def _open_file(path: Path, t5: bool, extra: Sequence[Path]) -> Model:
+def _open_file(path: Path, use_t5: bool, extra: Sequence[Path]) -> Model:
     """A single file, with what was named besides and what lies beside it."""
     layout, parts = read_parts(path)
     model = Model(path, layout, parts)
@@ -184,23 +189,22 @@ def _open_file(path: Path, t5: bool, extra: Sequence[Path]) -> Model:
             _add(model, read_parts(place)[1], place)
         elif not place.is_dir():
             raise FileNotFoundError(f"there is no file or folder {place}")
-    if not t5:
+    if not use_t5:
         model.parts.pop("text_encoder_3", None)
     if model.family is None:
         return model
     family = FAMILIES[model.family]
     for folder in (*(place for place in extra if place.is_dir()), path.parent):
-        _look_in(folder, model, family, t5)
+        _look_in(folder, model, family, use_t5)
     model.scheduler = model.scheduler or SchedulerConfig(shift=family.shift)
     model.scheduler = _with_defaults(model.scheduler, family, path, {})
-    wanted = (*family.needs, *(["tokenizer_3"] if "text_encoder_3" in model.parts else []))
-    for name in wanted:
+    for name in _wanted(model, family):
         if name not in model.parts and name not in model.tokenizers:
             model.missing[name] = f"{path} comes without {name}, and it is not beside it"
     return model
 
 
-def _look_in(folder: Path, model: Model, family: Family, t5: bool) -> None:
+def _look_in(folder: Path, model: Model, family: Family, use_t5: bool) -> None:
     """Add what a folder has of the components that a file lacks."""
     optional = ("text_encoder_3", "tokenizer_3") if family is FAMILIES["sd3"] else ()
     for name in (*family.needs, *optional, "scheduler"):
@@ -211,7 +215,7 @@ def _look_in(folder: Path, model: Model, family: Family, t5: bool) -> None:
         elif name.startswith("tokenizer"):
             if name not in model.tokenizers and here.is_dir():
                 model.tokenizers[name] = find_tokenizer(here)
-        elif name in model.parts or (name == "text_encoder_3" and not t5):
+        elif name in model.parts or (name == "text_encoder_3" and not use_t5):
             continue
         elif (here / "config.json").is_file():
             model.parts[name] = read_part(here, name)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import re
 from collections.abc import Sequence
+from os import PathLike, fspath
 from pathlib import Path
 
 from weights.model import COMPONENTS, TOKENIZER_FILES
@@ -18,19 +19,24 @@ from weights.networks import ROLES, stem
 PACKAGED = ("mini-sd3", "mini-lumina")
 
 
-def resolve(path: str | Path, names: Sequence[str] = COMPONENTS, weights: bool = True) -> Path:
+def resolve(
+    path: str | PathLike[str], names: Sequence[str] = COMPONENTS, weights: bool = True
+) -> Path:
     """A local folder or file for a path, a name of an embedded model, or a hub id.
 
     names    the components that are needed
     weights  False leaves their weights on the hub
     Raises FileNotFoundError or ValueError.
     """
-    text = str(path)
-    if not isinstance(path, str | Path) or not text or "\0" in text:
+    text = fspath(path) if isinstance(path, str | PathLike) else ""
+    if not isinstance(text, str) or not text or "\0" in text:
         raise ValueError(f"path is {path!r}, must be a folder, a file or a hub id")
-    local = Path(path).expanduser()
-    if local.exists():
-        return local
+    try:
+        local = Path(text).expanduser()
+        if local.exists():
+            return local
+    except (OSError, RuntimeError) as error:  # too long a name, no permission, no home
+        raise ValueError(f"cannot look for {text:.200}: {error}") from None
     name = text.removeprefix("weights/").rstrip("/")
     if name in PACKAGED:
         packaged = Path(__file__).parent / name
