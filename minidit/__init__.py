@@ -17,11 +17,7 @@ from minidit.clip import CLIPTextEncoder
 from minidit.flow import denoise, flow_sigmas
 from minidit.gemma import GemmaEncoder
 from minidit.mmdit import MMDiT, MMDiTConfig
-
-try:
-    from minidit.nextdit import NextDiT, NextDiTConfig
-except ImportError:
-    NextDiT = NextDiTConfig = None
+from minidit.nextdit import NextDiT, NextDiTConfig
 from minidit.pipeline import LuminaPipeline, Output, SD3Pipeline
 from minidit.t5 import T5Encoder
 from minidit.vae import AutoencoderKL

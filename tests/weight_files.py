@@ -42,6 +42,7 @@ NEXTDIT = NextDiTConfig(
 )  # fmt: skip
 VAE = VAEConfig(
     latent_channels=16, block_out_channels=(32, 64), layers_per_block=1, sample_size=1024,
+    down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
     scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False,
 )  # fmt: skip
 CLIP_L = CLIPConfig(

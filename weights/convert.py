@@ -165,10 +165,6 @@ def _config(part: Part) -> dict[str, Any]:
     """config.json of a part: the one it had, or one made from its sizes."""
     values = dict(part.given) or {**CONFIG_EXTRAS[part.kind], **asdict(part.config)}
     values.pop("shared_query", None)  # ours, not the file format's
-    if part.kind == "vae" and not part.given:
-        levels = len(part.config.block_out_channels)
-        values["down_block_types"] = ["DownEncoderBlock2D"] * levels
-        values["up_block_types"] = ["UpDecoderBlock2D"] * levels
     if part.layout == "unprojected":
         values |= {"architectures": ["CLIPTextModelWithProjection"]}
         values |= {"projection_dim": part.config.projection_dim}

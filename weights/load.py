@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from minidit.flow import SchedulerConfig
 from weights.files import row_chunks
 from weights.keymap import read_into, same_values
 from weights.model import (
@@ -84,7 +85,7 @@ def load_component(
     folder = local / name
     if local.is_dir() and folder.is_dir():
         if name == "scheduler":
-            return read_scheduler(folder)
+            return read_scheduler(folder, SchedulerConfig())
         if name in ROLES:
             return load_module(read_part(folder, name), device, dtype)
         return load_tokenizer(find_tokenizer(folder))

@@ -122,7 +122,9 @@ def _open_folder(folder: Path, use_t5: bool) -> Model:
                 model.parts[name] = read_config(folder / name, name)
                 model.parts[name] = read_part(folder / name, name)
             elif name == "scheduler":
-                model.scheduler = read_scheduler(folder / name)
+                family = FAMILIES.get(model.family or "")
+                fallback = default_scheduler(family, folder) if family else SchedulerConfig()
+                model.scheduler = read_scheduler(folder / name, fallback)
             else:
                 model.tokenizers[name] = find_tokenizer(folder / name)
         except FileNotFoundError as error:
@@ -132,9 +134,6 @@ def _open_folder(folder: Path, use_t5: bool) -> Model:
         for name in (*_wanted(model, family), "scheduler"):
             if name not in listed:
                 model.missing[name] = f"there is no folder {name} in {folder}"
-    if model.scheduler and family:
-        given = read_json(folder / "scheduler" / "scheduler_config.json")
-        model.scheduler = _with_defaults(model.scheduler, family, folder, given)
     return model
 
 
@@ -196,8 +195,7 @@ def _open_file(path: Path, use_t5: bool, extra: Sequence[Path]) -> Model:
     family = FAMILIES[model.family]
     for folder in (*(place for place in extra if place.is_dir()), path.parent):
         _look_in(folder, model, family, use_t5)
-    model.scheduler = model.scheduler or SchedulerConfig(shift=family.shift)
-    model.scheduler = _with_defaults(model.scheduler, family, path, {})
+    model.scheduler = model.scheduler or default_scheduler(family, path)
     for name in _wanted(model, family):
         if name not in model.parts and name not in model.tokenizers:
             model.missing[name] = f"{path} comes without {name}, and it is not beside it"
@@ -211,7 +209,7 @@ def _look_in(folder: Path, model: Model, family: Family, use_t5: bool) -> None:
         here = folder / name
         if name == "scheduler":
             if model.scheduler is None and (here / "scheduler_config.json").is_file():
-                model.scheduler = read_scheduler(here)
+                model.scheduler = read_scheduler(here, default_scheduler(family, model.where))
         elif name.startswith("tokenizer"):
             if name not in model.tokenizers and here.is_dir():
                 model.tokenizers[name] = find_tokenizer(here)
@@ -285,8 +283,11 @@ def find_tokenizer(folder: Path) -> Path:
     return folder
 
 
-def read_scheduler(folder: Path) -> SchedulerConfig:
-    """A scheduler folder's config; ValueError for another noise schedule than SD3's."""
+def read_scheduler(folder: Path, fallback: SchedulerConfig) -> SchedulerConfig:
+    """A scheduler folder's config; the fallback has steps and guidance, if the file does not.
+
+    Raises ValueError for another noise schedule than SD3's.
+    """
     path = folder / "scheduler_config.json"
     values = read_json(path)
     kind = values.get("_class_name", "FlowMatchEulerDiscreteScheduler")
@@ -303,25 +304,22 @@ def read_scheduler(folder: Path) -> SchedulerConfig:
     ):
         if values.get(option):
             raise ValueError(f"{path}: {option} is {values[option]!r:.80}, must be off")
-    return config_from_json(SchedulerConfig, path)
+    config = config_from_json(SchedulerConfig, path)
+    ours = ("default_steps", "default_guidance")
+    return replace(config, **{k: getattr(fallback, k) for k in ours if k not in values})
 
 
-def _with_defaults(
-    config: SchedulerConfig, family: Family, where: Path, given: Mapping[str, Any]
-) -> SchedulerConfig:
-    """Steps and guidance to sample with where the scheduler's file does not give them.
+def default_scheduler(family: Family, where: Path) -> SchedulerConfig:
+    """What to sample with where no file says it.
 
-    Nothing inside the files tells SD3.5-large-turbo from SD3.5-large, so these two numbers, and
+    Nothing inside the files tells SD3.5-large-turbo from SD3.5-large, so its two numbers, and
     nothing else, go by the name of the file, folder or hub repository.
     """
     cached = where.parent.name == "snapshots"  # in the hub's cache the folder is a commit
-    turbo = "turbo" in (where.parent.parent if cached else where).name.lower()
-    steps, guidance = (4, 1.0) if turbo else (family.steps, family.guidance)
-    if "default_steps" not in given:
-        config = replace(config, default_steps=steps)
-    if "default_guidance" not in given:
-        config = replace(config, default_guidance=guidance)
-    return config
+    if "turbo" in (where.parent.parent if cached else where).name.lower():
+        return SchedulerConfig(family.shift, default_steps=4, default_guidance=1.0)
+    steps, guidance = family.steps, family.guidance
+    return SchedulerConfig(family.shift, default_steps=steps, default_guidance=guidance)
 
 
 def require(model: Model) -> Family:

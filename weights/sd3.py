@@ -254,6 +254,8 @@ def vae_part(stored: Tensors) -> tuple[str, str, VAEConfig]:
         out_channels=shape_of(stored, "decoder.conv_out.weight", 4)[0],
         latent_channels=shape_of(stored, "decoder.conv_in.weight", 4)[1],
         block_out_channels=tuple(width[0] for width in widths),
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
         layers_per_block=count(stored, "encoder.down.0.block."),
         norm_num_groups=32,
         sample_size=1024,
