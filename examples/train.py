@@ -3,6 +3,7 @@
     npm install @lobehub/fluent-emoji-3d@1.1.0 unicode-emoji-json@0.9.0
     python examples/train.py vae     --family sd3 --run runs/sd3    # the autoencoder
     python examples/train.py prepare --family sd3 --run runs/sd3    # tokenizers and latents
+    python examples/train.py text    --family sd3 --run runs/sd3    # the text encoders alone
     python examples/train.py train   --family sd3 --run runs/sd3 --size 128 --steps 6000
     python examples/train.py train   --family sd3 --run runs/sd3 --size 256 --steps 20000
     python examples/train.py export  --family sd3 --run runs/sd3 --out my-sd3
@@ -443,7 +444,7 @@ def train_vae(
             save(state | {"adam": adam.state_dict(), "steps": step + 1}, checkpoint)
 
     # what the transformer sees shall have mean 0 (where the family allows a shift) and deviation 1
-    images = emoji.crops(pictures, 128, PIXELS, random.Random("scale"))
+    images = emoji.crops(pictures, 32, PIXELS, random.Random("scale"))
     latents = torch.cat([encode_images(average, part[None]) for part in images])  # (B, C, h, w)
     shift = latents.mean().item() if family == "sd3" else 0.0
     scale = 1 / (latents - shift).square().mean().sqrt().item()
@@ -491,6 +492,11 @@ class Muon:
             torch._foreach_mul_(weights, 1 - lr * self.decay)
             torch._foreach_add_(weights, pieces, alpha=-scale)
 
+    def zero_grad(self) -> None:
+        for group in self.groups.values():
+            for weight, _ in group:
+                weight.grad = None
+
 
 def orthogonal(matrices: Tensor, iterations: int = 5) -> Tensor:
     """The nearest orthogonal matrices (n, rows, columns), roughly: singular values 0.7 to 1.2.
@@ -505,6 +511,76 @@ def orthogonal(matrices: Tensor, iterations: int = 5) -> Tensor:
         b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
         x = torch.baddbmm(x, b, x, beta=3.4445)
     return x.mT if tall else x
+
+
+# ---------------------------------------------------------------- text encoders
+
+
+def train_text(family: str, run: Path, steps: int, batch: int, seed: int = 0) -> None:
+    """Teach the text encoders what the pictures look like, before there is a transformer.
+
+    The official encoders come trained on more text than there is in our captions; a transformer
+    that trains together with raw ones finds out very slowly that names matter. So each kind of
+    their output learns first to predict, by one linear map, a thumbnail of the picture: its latents
+    at 8 x 8. Nothing but the encoders is kept, in text.pt of the run.
+    """
+    torch.manual_seed(seed)
+    data = emoji.Latents(run / "data", family, PIXELS // 2)
+    pipe = new_pipeline(family, run)
+    encoders = trainable(pipe).train().requires_grad_(True)
+    del encoders["transformer"]
+    sizes = [view.shape[1] for view in text_views(encode(pipe, [""]))]
+    heads = nn.ModuleList(nn.Linear(size, 64 * data.array.shape[2]) for size in sizes)
+    muon, adam = optimisers(pipe, encoders, heads)
+    plan, started, losses = Plan(steps=steps, cooldown=steps // 3), time.time(), []
+    for step in range(steps):
+        pictures, captions = data.batch(batch, random.Random(f"text/{seed}/{step}"))
+        target = F.adaptive_avg_pool2d(torch.from_numpy(pictures), 8).flatten(1)  # (B, 64 * C)
+        with autocast(), PlainAttention():
+            views = text_views(encode(pipe, captions))
+            drawn = [head(view) for head, view in zip(heads, views, strict=True)]
+        loss = sum(F.mse_loss(one.float(), target) for one in drawn) / len(heads)
+        loss.backward()
+        update(muon, adam, plan, step)
+        losses.append(loss.detach())
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            mean, losses = torch.stack(losses).mean().item(), []
+            left = (time.time() - started) / (step + 1) * (steps - step - 1) / 60
+            print(f"step {step + 1:6d}  loss {mean:.4f}  {left:.1f} min left", flush=True)
+    save(encoders.state_dict(), run / "text.pt")
+
+
+def text_views(cond: dict[str, Tensor]) -> list[Tensor]:
+    """The conditioning as vectors (B, size): SD3's pooled state and the mean of each window, or
+    the mean of Lumina's states."""
+    if "pooled" in cond:
+        return [cond["pooled"], *(half.mean(dim=1) for half in cond["context"].chunk(2, dim=1))]
+    mask = cond["context_mask"][..., None]  # (B, L, 1)
+    return [(cond["context"] * mask).sum(dim=1) / mask.sum(dim=1)]
+
+
+def optimisers(pipe: Any, *networks: nn.Module) -> tuple[Muon, torch.optim.AdamW]:
+    """Muon for the matrices inside blocks and layers, AdamW for all other parameters."""
+    named = [pair for network in networks for pair in network.named_parameters()]
+    if isinstance(pipe, LuminaPipeline):  # it reads what enters Gemma's last layer
+        unread = f"text_encoder.layers.{len(pipe.text_encoder.layers) - 1}."
+        named = [(n, p) for n, p in named if not n.startswith(unread)]
+    inner = [(n, p) for n, p in named if ".blocks." in n or ".layers." in n]
+    matrices = [(n, p) for n, p in inner if p.ndim == 2]
+    chosen = {id(p) for _, p in matrices}
+    rest = [p for _, p in named if id(p) not in chosen]
+    return Muon(matrices), torch.optim.AdamW(rest, betas=(0.9, 0.99), weight_decay=0, foreach=True)
+
+
+def update(muon: Muon, adam: torch.optim.AdamW, plan: Plan, step: int) -> None:
+    """One step of both optimisers at the plan's rates; forgets the gradients."""
+    rate = plan.rate(step)
+    muon.step(plan.muon_lr * rate)
+    for group in adam.param_groups:
+        group["lr"] = plan.adam_lr * rate
+    adam.step()
+    adam.zero_grad()
+    muon.zero_grad()
 
 
 # ---------------------------------------------------------------- training
@@ -538,13 +614,7 @@ class Trainer:
         self.pipe, self.plan, self.steps = pipe, plan, 0
         self.networks = trainable(pipe).train().requires_grad_(True)
         self.average = copy.deepcopy(self.networks).requires_grad_(False).eval()
-        named = list(self.networks.named_parameters())
-        inner = [(n, p) for n, p in named if ".blocks." in n or ".layers." in n]
-        matrices = [(n, p) for n, p in inner if p.ndim == 2]
-        chosen = {name for name, _ in matrices}
-        self.muon = Muon(matrices)
-        rest = [p for n, p in named if n not in chosen]
-        self.adam = torch.optim.AdamW(rest, betas=(0.9, 0.99), weight_decay=0.0, foreach=True)
+        self.muon, self.adam = optimisers(pipe, self.networks)
         self.forward = torch.compile(pipe.transformer) if compiled else pipe.transformer
 
     def step(self, data: emoji.Latents) -> Tensor:
@@ -566,13 +636,7 @@ class Trainer:
         loss = F.mse_loss(velocity.float(), noise - clean)
 
         loss.backward()
-        rate = plan.rate(self.steps)
-        self.muon.step(plan.muon_lr * rate)
-        for group in self.adam.param_groups:
-            group["lr"] = plan.adam_lr * rate
-        self.adam.step()
-        for parameter in self.networks.parameters():
-            parameter.grad = None
+        update(self.muon, self.adam, plan, self.steps)
         self.steps += 1
         # an average over about the last tenth of the run, however long it gets (Karras et al. 2024)
         weight = min(1.0, 8 / (self.steps + 1))
@@ -609,7 +673,10 @@ def train(
     """Train until plan.steps, with checkpoints and sample sheets on the way."""
     torch.manual_seed(plan.seed)
     data = emoji.Latents(run / "data", family, plan.size)
-    trainer = Trainer(new_pipeline(family, run), plan, compiled)
+    pipe = new_pipeline(family, run)
+    if (run / "text.pt").is_file():
+        trainable(pipe).load_state_dict(torch.load(run / "text.pt"), strict=False)
+    trainer = Trainer(pipe, plan, compiled)
     checkpoint = run / "checkpoint.pt"
     if checkpoint.is_file():
         trainer.load(torch.load(checkpoint, map_location="cpu"))
@@ -648,6 +715,7 @@ def train(
 
 def save(state: Any, path: Path) -> None:
     """Write a checkpoint so that an interruption leaves the old one whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     torch.save(state, part)
     os.replace(part, path)
@@ -866,6 +934,10 @@ def main() -> None:
         "--colours", type=int, default=most, help="colours a name, at most %(default)s"
     )
 
+    sub = command("text", "teach the text encoders what the pictures look like")
+    sub.add_argument("--steps", type=int, default=1500)
+    sub.add_argument("--batch", type=int, default=128)
+
     sub = command("train", "train the transformer with its text encoders")
     for name, value in asdict(Plan()).items():
         sub.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
@@ -890,6 +962,8 @@ def main() -> None:
         train_vae(args.family, args.run, args.packages, args.steps, args.batch, args.lr, args.init)
     elif args.command == "prepare":
         prepare(args.family, args.run, args.packages, args.sizes, args.colours)
+    elif args.command == "text":
+        train_text(args.family, args.run, args.steps, args.batch)
     elif args.command == "train":
         plan = Plan(**{name: getattr(args, name) for name in asdict(Plan())})
         train(args.family, args.run, plan, args.save_minutes, args.sheet_minutes, args.compile)

@@ -127,7 +127,7 @@ def denoise(
                     history, fresh, reused, active, sigmas[i], sigmas[i + 1], ras.seed
                 )
                 velocity = unpatchify(history.velocity, height, width, patch)  # (B, C, H, W)
-                trace.record(levels[i], step, active, len(latents))
+                trace.record(levels[i], step, active, latents)
             latents = latents + (sigmas[i + 1] - sigmas[i]) * velocity  # the Euler step
             if callback is not None:
                 callback(i, levels[i], latents, velocity, active)

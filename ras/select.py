@@ -32,8 +32,10 @@ def select(config: RASConfig, history: History, count: int, steps: int) -> Tenso
         by_age = history.age.gather(1, by_rank).argsort(dim=1, descending=True, stable=True)
         due = by_rank.gather(1, by_age[:, :forced])  # (B, forced)
         rank = rank.scatter(1, due, torch.inf)
+    # stable: equal tokens are taken in row-major order on every device
+    best = rank.argsort(dim=1, descending=True, stable=True)[:, :count]  # (B, K)
     # ascending rows make the gathers of the forward pass walk through memory in order
-    return rank.topk(count, dim=1).indices.sort(dim=1).values
+    return best.sort(dim=1).values
 
 
 def priority(config: RASConfig, history: History) -> Tensor:

@@ -29,13 +29,13 @@ class Trace:
     steps: list[Step] = field(default_factory=list)
     active: list[Tensor] = field(default_factory=list)
 
-    def record(self, sigma: float, step: Step, active: Tensor | None, batch: int) -> None:
-        """Add a step: active (B, K) token numbers, or None for a dense step."""
+    def record(self, sigma: float, step: Step, active: Tensor | None, latents: Tensor) -> None:
+        """Add a step: active (B, K) token numbers, or None for a dense step of latents (B, ...)."""
         N = self.grid[0] * self.grid[1]
         self.sigmas.append(sigma)
         self.steps.append(step)
-        full = torch.ones(batch, N, dtype=torch.bool)
-        self.active.append(full if active is None else mask_of(active, N))
+        every = torch.ones(len(latents), N, dtype=torch.bool, device=latents.device)
+        self.active.append(every if active is None else mask_of(active, N))
 
     @property
     def token_steps(self) -> int:

@@ -125,9 +125,10 @@ def test_benchmark_prints_shares_of_time_and_flops(run, capsys, monkeypatch, fam
 
 def test_heat_counts_regional_steps_only():
     trace = Trace((1, 3))
-    trace.record(1.0, Step(False, 3), None, 1)
-    trace.record(0.8, Step(True, 1, True), torch.tensor([[1]]), 1)
-    trace.record(0.6, Step(True, 2, True), torch.tensor([[1, 2]]), 1)
+    one = torch.zeros(1, 4, 2, 6)
+    trace.record(1.0, Step(False, 3), None, one)
+    trace.record(0.8, Step(True, 1, True), torch.tensor([[1]]), one)
+    trace.record(0.6, Step(True, 2, True), torch.tensor([[1, 2]]), one)
     assert trace.heat().tolist() == [[0.0, 1.0, 0.5]]
     assert trace.token_steps == 6 and trace.share == 6 / 9
     assert RASConfig().ratio == 0.5

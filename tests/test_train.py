@@ -187,7 +187,7 @@ def test_latents_are_those_of_the_vae(family, run, packages):
     data = emoji.Latents(run / "data", family, 64)
     images = emoji.compose(emoji.read(emoji.find_emoji(packages)[1], 64))
     expected = train.encode_images(load_component(run, "vae"), images)
-    stored = torch.from_numpy(data.array[1]).float()
+    stored = torch.from_numpy(data.array[1].astype(np.float32))
     torch.testing.assert_close(stored, expected[emoji.shown(1)], atol=2e-3, rtol=0)
 
 

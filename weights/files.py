@@ -56,8 +56,8 @@ class Stored(NamedTuple):
 Tensors = Mapping[str, Stored]
 
 
-def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    """The tensors and the metadata of a .safetensors file, from its header alone.
+def read_header(path: Path) -> dict[str, Stored]:
+    """The tensors of a .safetensors file, from its header alone.
 
     Raises FileNotFoundError, or ValueError where the file is not sound safetensors.
     """
@@ -71,6 +71,8 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
             )
         header = parse_json(file.read(length), path)
     metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(type(v) is str for v in metadata.values()):
+        raise ValueError(f"{path} is damaged: the __metadata__ of its header holds more than text")
     start = 8 + length
     tensors = {name: _entry(path, name, entry, start) for name, entry in header.items()}
     end = start
@@ -84,7 +86,7 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
         raise ValueError(
             f"{path} is cut or damaged: its tensors end at byte {end}, the file at {size}"
         )
-    return tensors, metadata if isinstance(metadata, dict) else {}
+    return tensors
 
 
 def _entry(path: Path, name: str, entry: Any, start: int) -> Stored:
@@ -92,7 +94,11 @@ def _entry(path: Path, name: str, entry: Any, start: int) -> Stored:
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         numbers = (begin, end, *shape)
-        sound = all(type(n) is int and 0 <= n < 2**48 for n in numbers) and len(shape) <= 8
+        sound = (
+            type(dtype) is str
+            and all(type(n) is int and 0 <= n < 2**48 for n in numbers)
+            and len(shape) <= 8
+        )
     except (TypeError, KeyError, ValueError):
         sound = False
     if not sound:
@@ -227,7 +233,7 @@ def find_tensors(folder: Path, stem: str) -> dict[str, Stored]:
     for variant in variants:
         plain = f"{stem}{variant}.safetensors"
         if plain in names:
-            return read_header(folder / plain)[0]
+            return read_header(folder / plain)
         index = f"{stem}.safetensors.index{variant}.json"
         if index in names:
             return _indexed(folder, index)
@@ -281,7 +287,7 @@ def _unindexed(folder: Path, stem: str, shards: list[str]) -> dict[str, Stored]:
 def _merge(folder: Path, shards: list[str]) -> dict[str, Stored]:
     merged: dict[str, Stored] = {}
     for shard in shards:
-        tensors, _ = read_header(folder / shard)
+        tensors = read_header(folder / shard)
         twice = sorted(set(merged) & set(tensors))
         if twice:
             other = merged[twice[0]].file.name

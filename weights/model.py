@@ -236,7 +236,7 @@ def _add(model: Model, parts: Mapping[str, Part], place: Path) -> None:
 
 def read_parts(path: Path) -> tuple[str, dict[str, Part]]:
     """What a file is, in words, and the parts in it, told by its tensors' names and shapes."""
-    stored = read_torch(path) if path.suffix in (".pth", ".pt") else read_header(path)[0]
+    stored = read_torch(path) if path.suffix in (".pth", ".pt") else read_header(path)
     if any(name.startswith(sd3.PREFIXES["transformer"]) for name in stored):
         return "single file of Stability AI", _split(path, stored)
     if "text_model.embeddings.token_embedding.weight" in stored:
