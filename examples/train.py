@@ -27,6 +27,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import sys
 import time
@@ -516,7 +517,9 @@ def orthogonal(matrices: Tensor, iterations: int = 5) -> Tensor:
 # ---------------------------------------------------------------- text encoders
 
 
-def train_text(family: str, run: Path, steps: int, batch: int, seed: int = 0) -> None:
+def train_text(
+    family: str, run: Path, steps: int, batch: int, size: int = 128, seed: int = 0
+) -> None:
     """Teach the text encoders what the pictures look like, before there is a transformer.
 
     The official encoders come trained on more text than there is in our captions; a transformer
@@ -525,7 +528,7 @@ def train_text(family: str, run: Path, steps: int, batch: int, seed: int = 0) ->
     at 8 x 8. Nothing but the encoders is kept, in text.pt of the run.
     """
     torch.manual_seed(seed)
-    data = emoji.Latents(run / "data", family, PIXELS // 2)
+    data = emoji.Latents(run / "data", family, size)
     pipe = new_pipeline(family, run)
     encoders = trainable(pipe).train().requires_grad_(True)
     del encoders["transformer"]
@@ -565,7 +568,7 @@ def optimisers(pipe: Any, *networks: nn.Module) -> tuple[Muon, torch.optim.AdamW
     if isinstance(pipe, LuminaPipeline):  # it reads what enters Gemma's last layer
         unread = f"text_encoder.layers.{len(pipe.text_encoder.layers) - 1}."
         named = [(n, p) for n, p in named if not n.startswith(unread)]
-    inner = [(n, p) for n, p in named if ".blocks." in n or ".layers." in n]
+    inner = [(n, p) for n, p in named if re.search(r"(^|\.)(blocks|layers)\.", n)]
     matrices = [(n, p) for n, p in inner if p.ndim == 2]
     chosen = {id(p) for _, p in matrices}
     rest = [p for _, p in named if id(p) not in chosen]
@@ -599,6 +602,7 @@ class Plan:
     cooldown: int = 0  # the last steps, in which the learning rate falls to 0
     shift: float = 2.0  # of the noise levels, towards noise
     empty: float = 0.1  # share of captions left empty, for guidance
+    joint: int = 0  # 1 trains the text encoders on together with the transformer
     seed: int = 0
 
     def rate(self, step: int) -> float:
@@ -612,9 +616,10 @@ class Trainer:
 
     def __init__(self, pipe: Any, plan: Plan, compiled: bool = False) -> None:
         self.pipe, self.plan, self.steps = pipe, plan, 0
-        self.networks = trainable(pipe).train().requires_grad_(True)
+        self.networks = trainable(pipe).train().requires_grad_(False)
+        learning = self.networks if plan.joint else self.networks["transformer"]
+        self.muon, self.adam = optimisers(pipe, learning.requires_grad_(True))
         self.average = copy.deepcopy(self.networks).requires_grad_(False).eval()
-        self.muon, self.adam = optimisers(pipe, self.networks)
         self.forward = torch.compile(pipe.transformer) if compiled else pipe.transformer
 
     def step(self, data: emoji.Latents) -> Tensor:

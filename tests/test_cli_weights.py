@@ -117,7 +117,7 @@ def test_convert(tmp_path: Path, capsys) -> None:
     assert index["_class_name"] == "StableDiffusion3Pipeline"
     assert index["tokenizer"] == ["transformers", "CLIPTokenizer"]
     assert index["transformer"] == ["diffusers", "SD3Transformer2DModel"]
-    with pytest.raises(FileNotFoundError, match="lacks tokenizer, tokenizer_2, tokenizer_3 "):
+    with pytest.raises(FileNotFoundError, match=r"tokenizer .*; tokenizer_2 .*; tokenizer_3 "):
         load_parts(out)
     assert main(["convert", str(path), str(tmp_path / "short"), "--no-t5"]) == 0
     index = json.loads((tmp_path / "short" / "model_index.json").read_text())
@@ -174,14 +174,10 @@ def test_unsound_source_is_refused_before_anything_is_written(folder: Path, tmp_
     assert os.listdir(tmp_path) == ["m.safetensors"]
 
 
-def test_as_a_program(folder: Path) -> None:
-    def run(*arguments: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "weights", *arguments]
-        root = Path(__file__).parent.parent
-        return subprocess.run(command, capture_output=True, text=True, cwd=root)
-
-    assert run("inspect", str(folder)).returncode == 0
-    gone = run("inspect", "nowhere")
-    assert (gone.returncode, gone.stdout) == (1, "")
-    assert gone.stderr.startswith("error: there is no file or folder nowhere")
-    assert gone.stderr.count("\n") == 1
+def test_as_a_program() -> None:
+    command = [sys.executable, "-m", "weights", "inspect", "nowhere"]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: there is no file or folder nowhere")
+    assert done.stderr.count("\n") == 1

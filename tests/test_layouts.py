@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -161,6 +162,8 @@ def test_encoders_named(sd3, tmp_path: Path) -> None:
     same_model(path, sd3[1], extra=[*extra, tmp_path / "b"])
     with pytest.raises(ValueError, match="again in"):
         load_parts(path, extra=[extra[0], extra[0]])
+    with pytest.raises(ValueError, match="cannot be added"):
+        load_parts(sd3[0], extra=extra)
 
 
 def test_eight_bit_t5_is_upcast(sd3, tmp_path: Path) -> None:
@@ -283,7 +286,7 @@ def test_convert_lumina_original(end: str, lumina, tmp_path: Path) -> None:
     model = convert(path, tmp_path / "out")
     assert set(model.missing) == {"vae", "text_encoder", "tokenizer"}
     assert same_bits(load_component(tmp_path / "out", "transformer"), lumina[1]["transformer"])
-    with pytest.raises(FileNotFoundError, match="lacks vae, text_encoder, tokenizer"):
+    with pytest.raises(FileNotFoundError, match=r"lacks vae .*; text_encoder .*; tokenizer .*"):
         load_parts(tmp_path / "out")
     written = load_file(tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors")
     assert written.keys() == parts["transformer"].keys()
@@ -300,8 +303,22 @@ def test_parts_of_different_models_do_not_mix(sd3, tmp_path: Path) -> None:
     parts = sd3_tensors()
     parts["text_encoder"] = {k: t.clone() for k, t in parts["text_encoder_2"].items()}
     path = write_single(tmp_path / "all.safetensors", parts)
-    with pytest.raises(ValueError, match="pooled_projection_dim is 192, but both CLIPs gives 256"):
+    with pytest.raises(ValueError, match="pooled_projection_dim is 192, but .* gives 256"):
         open_model(path)
+
+
+def test_parts_of_another_family(sd3, lumina, tmp_path: Path) -> None:
+    for name, message in (
+        ("text_encoder", "its text_encoder is a gemma, but its transformer needs a clip"),
+        ("vae", "in_channels is 16, but vae gives 4"),
+        ("tokenizer", "it lacks tokenizer .there is no vocab.json in"),
+    ):
+        folder = tmp_path / name
+        shutil.copytree(sd3[0], folder)
+        shutil.rmtree(folder / name)
+        shutil.copytree(lumina[0] / name, folder / name)
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            load_parts(folder)
 
 
 def test_wrong_encoder_under_an_official_name(tmp_path: Path) -> None:
@@ -319,10 +336,12 @@ def test_single_file_says_once_what_it_lacks(tmp_path: Path) -> None:
         load_parts(path)
     message = str(error.value)
     for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
-        assert message.count(f"'{name}/*'") == 1
-    assert "stabilityai/stable-diffusion-3-medium-diffusers" in message
+        assert message.count(f"'{name}/*'") == message.count(f" {name} (") == 1
+    for what in ("clip_l.safetensors or a folder text_encoder", "small files vocab.json, merges"):
+        assert what in message
+    assert "hf download stabilityai/stable-diffusion-3-medium-diffusers --include" in message
     assert "text_encoder_3" not in message  # T5 is optional
-    with pytest.raises(FileNotFoundError, match="comes without tokenizer"):
+    with pytest.raises(FileNotFoundError, match="a folder tokenizer with the small files vocab"):
         load_component(path, "tokenizer")
     assert load_component(path, "scheduler").shift == 3.0
     part = read_parts(path)[1]["vae"]

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,9 @@ from weight_files import (
     random_tensors,
     same_bits,
     sd3_tensors,
+    stored,
     write_component,
+    write_config,
     write_folder,
     write_header,
 )
@@ -72,15 +75,15 @@ def write_index(folder: Path, where: dict, variant: str = "") -> None:
 
 
 def test_values_and_flags(t5: Path) -> None:
-    stored = load_file(t5 / "text_encoder_3" / "model.safetensors")
+    tensors = load_file(t5 / "text_encoder_3" / "model.safetensors")
     module = load_component(t5, "text_encoder_3")
     assert not module.training
     assert all(p.dtype == torch.float32 and not p.requires_grad for p in module.parameters())
-    assert torch.equal(module.token_embed.weight, stored["shared.weight"].float())
-    wo = stored["encoder.block.1.layer.1.DenseReluDense.wo.weight"]
+    assert torch.equal(module.token_embed.weight, tensors["shared.weight"].float())
+    wo = tensors["encoder.block.1.layer.1.DenseReluDense.wo.weight"]
     assert torch.equal(module.layers[1].mlp.down.weight, wo.float())
     half = load_component(t5, "text_encoder_3", dtype=torch.bfloat16)
-    assert torch.equal(half.token_embed.weight, stored["shared.weight"].bfloat16())
+    assert torch.equal(half.token_embed.weight, tensors["shared.weight"].bfloat16())
 
 
 def test_modulation_halves_are_swapped_in_the_diffusers_layout(tmp_path: Path) -> None:
@@ -107,9 +110,9 @@ def test_any_floating_dtype_is_read(dtype: torch.dtype, t5: Path) -> None:
         tensors |= {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
     rewrite(t5, change)
-    stored = load_file(t5 / "text_encoder_3" / "model.safetensors")["shared.weight"]
+    shared = load_file(t5 / "text_encoder_3" / "model.safetensors")["shared.weight"]
     module = load_component(t5, "text_encoder_3", dtype=torch.bfloat16)
-    assert torch.equal(module.token_embed.weight, stored.to(torch.bfloat16))
+    assert torch.equal(module.token_embed.weight, shared.to(torch.bfloat16))
 
 
 def test_all_faults_are_listed_and_no_data_is_read(t5: Path, monkeypatch) -> None:
@@ -418,9 +421,9 @@ def test_headers_agree_with_the_library() -> None:
         tensors = read_header(path)
         with safe_open(path, "pt") as library:
             assert set(library.keys()) == set(tensors)
-            for name, stored in tensors.items():
-                assert list(stored.shape) == library.get_slice(name).get_shape()
-                rows = weights.files.read_rows(stored, 0, stored.shape[0]) if stored.shape else None
+            for name, tensor in tensors.items():
+                assert list(tensor.shape) == library.get_slice(name).get_shape()
+                rows = weights.files.read_rows(tensor, 0, tensor.shape[0]) if tensor.shape else None
                 assert rows is None or torch.equal(rows, library.get_tensor(name))
 
 
@@ -440,11 +443,10 @@ print(size, peak() - before)
 @pytest.mark.skipif(sys.platform == "win32", reason="measures with the resource module")
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_loading_needs_little_more_than_the_model(dtype: str, tmp_path: Path) -> None:
-    from dataclasses import replace
-
     config = replace(T5, vocab_size=40000, d_model=1024, d_ff=4096, num_layers=3)
-    tensors = random_tensors("t5", config)
-    write_component(tmp_path / "text_encoder_3", "text_encoder_3", "t5", config, tensors)
+    write_config(tmp_path / "text_encoder_3", "t5", config)
+    shapes = {name: ["F16", *r.shape] for r in stored("t5", config) for name in r.names}
+    write_header(tmp_path / "text_encoder_3" / "model.safetensors", shapes)
     command = [sys.executable, "-c", PEAK, str(tmp_path), dtype]
     root = Path(__file__).parent.parent
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=True)

@@ -280,9 +280,23 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(family, run, tmp_path
     assert any(run.glob("sheets/64-*.png"))
 
 
+def test_text_encoders_learn_thumbnails_first_and_training_starts_from_them(family, run, capsys):
+    train.train_text(family, run, steps=200, batch=16, size=64)
+    losses = [float(line.split()[3]) for line in capsys.readouterr().out.splitlines()]
+    assert losses[-1] < 0.7 * losses[0]
+    state = torch.load(run / "text.pt")
+    trained(family, run, replace(PLAN, steps=1, muon_lr=0.0, adam_lr=0.0))
+    networks = torch.load(run / "checkpoint.pt")["networks"]
+    assert {name.split(".")[0] for name in state} == {name.split(".")[0] for name in networks} - {
+        "transformer"
+    }
+    for name, value in state.items():
+        assert torch.equal(value, networks[name]), name
+
+
 def test_training_lowers_the_loss(family, run):
     torch.manual_seed(0)
-    plan = replace(PLAN, steps=60, batch=16, cooldown=0)
+    plan = replace(PLAN, steps=60, batch=16, cooldown=0, joint=1)
     trainer = train.Trainer(train.new_pipeline(family, run), plan)
     train.place(trainer.pipe, 64)
     data = emoji.Latents(run / "data", family, 64)
@@ -290,9 +304,10 @@ def test_training_lowers_the_loss(family, run):
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:3])
 
 
-def test_every_parameter_that_is_run_is_trained(family, run):
+@pytest.mark.parametrize("joint", [0, 1])
+def test_every_parameter_that_is_run_is_trained(family, run, joint):
     torch.manual_seed(0)
-    trainer = train.Trainer(train.new_pipeline(family, run), PLAN)
+    trainer = train.Trainer(train.new_pipeline(family, run), replace(PLAN, joint=joint))
     train.place(trainer.pipe, 64)
     data = emoji.Latents(run / "data", family, 64)
     before = {n: p.detach().clone() for n, p in trainer.networks.named_parameters()}
@@ -301,7 +316,9 @@ def test_every_parameter_that_is_run_is_trained(family, run):
     same = {n for n, p in trainer.networks.named_parameters() if torch.equal(p, before[n])}
     # Gemma's last layer is never run; pad_token serves pictures of unequal sizes, which we lack
     idle = ("text_encoder.layers.1.", "text_encoder.final_norm", "transformer.pad_token")
-    assert not {n for n in same if family == "sd3" or not n.startswith(idle)}
+    frozen = {n for n in before if n.startswith("text") and not joint}
+    idle = frozen | {n for n in before if family == "lumina" and n.startswith(idle)}
+    assert same == idle
 
 
 def test_export_loads_strictly_and_holds_the_averaged_weights(family, run, tmp_path):

@@ -25,7 +25,7 @@ from minidit.nextdit import NextDiTConfig
 from minidit.t5 import T5Config
 from minidit.vae import VAEConfig
 from weights.files import DTYPES
-from weights.keymap import recipes
+from weights.keymap import Recipe, recipes
 from weights.networks import KINDS
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -111,16 +111,21 @@ def write_header(path: Path, tensors: dict[str, list]) -> None:
         file.truncate(8 + len(text) + end)
 
 
+def stored(kind: str, config: object) -> list[Recipe]:
+    """Names and shapes of a network's tensors in the diffusers layout."""
+    with torch.device("meta"):
+        module = KINDS[kind].network(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    return list(recipes(KINDS[kind].tables["diffusers"](config, None), shapes).values())
+
+
 def random_tensors(
     kind: str, config: object, seed: int = 0, dtype: torch.dtype = torch.float16
 ) -> Tensors:
     """A network's tensors under their diffusers names, with random values."""
-    with torch.device("meta"):
-        module = KINDS[kind].network(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for recipe in recipes(KINDS[kind].tables["diffusers"](config, None), shapes).values():
+    for recipe in stored(kind, config):
         for name in recipe.names:
             tensors[name] = torch.randn(recipe.shape, generator=generator).to(dtype)
         if recipe.copy:
@@ -148,12 +153,17 @@ def lumina_tensors() -> dict[str, Tensors]:
 
 def write_component(folder: Path, name: str, kind: str, config: object, tensors: Tensors) -> None:
     """One subfolder of the diffusers layout."""
+    write_config(folder, kind, config)
+    stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
+    save_file(tensors, folder / f"{stem}.safetensors", {"format": "pt"})
+
+
+def write_config(folder: Path, kind: str, config: object) -> None:
+    """A component's folder with only its config.json."""
     folder.mkdir(parents=True)
     values = {**CLASS[kind], **asdict(config)}
     values.pop("shared_query", None)
     (folder / "config.json").write_text(json.dumps(values))
-    stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
-    save_file(tensors, folder / f"{stem}.safetensors", {"format": "pt"})
 
 
 def write_folder(folder: Path, family: str, parts: dict[str, Tensors]) -> Path:

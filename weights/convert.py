@@ -154,7 +154,7 @@ def _data(plan: Plan, types: list[torch.dtype], stored: Tensors) -> Iterator[mem
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

@@ -142,7 +142,7 @@ def _some(names: list[str], kind: str, most: int = 10) -> str:
     if not names:
         return ""
     tail = ", ..." if len(names) > most else ""
-    return f"{len(names)} tensors {kind} ({', '.join(names[:most])}{tail})"
+    return f"{len(names)} tensors {kind} ({', '.join(name[:200] for name in names[:most])}{tail})"
 
 
 def read_into(out: Tensor, recipe: Recipe, stored: Tensors) -> None:

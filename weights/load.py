@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from minidit.flow import SchedulerConfig
+from minidit.tokenizers import CLIPTokenizer, GemmaTokenizer, T5Tokenizer
 from weights.files import row_chunks
 from weights.keymap import read_into, same_values
 from weights.model import (
@@ -88,7 +89,7 @@ def load_component(
             return read_scheduler(folder, SchedulerConfig())
         if name in ROLES:
             return load_module(read_part(folder, name), device, dtype)
-        return load_tokenizer(find_tokenizer(folder))
+        return load_tokenizer(find_tokenizer(folder, name))
     model = open_model(local)
     if name in model.parts:
         return load_module(model.parts[name], device, dtype)
@@ -101,11 +102,9 @@ def load_component(
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a folder: its files tell which."""
-    from minidit.tokenizers import CLIPTokenizer, GemmaTokenizer, T5Tokenizer
-
-    kinds = dict(zip(TOKENIZER_FILES, (CLIPTokenizer, T5Tokenizer, GemmaTokenizer), strict=True))
-    kind = next(kind for file, kind in kinds.items() if (folder / file).is_file())
-    return kind.from_folder(folder)
+    classes: tuple[Any, ...] = (CLIPTokenizer, T5Tokenizer, GemmaTokenizer)
+    kinds = zip(TOKENIZER_FILES, classes, strict=True)
+    return next(kind for file, kind in kinds if (folder / file).is_file()).from_folder(folder)
 
 
 def load_module(

@@ -119,7 +119,7 @@ def nextdit_config(stored: Tensors, args: Mapping[str, Any]) -> NextDiTConfig:
     args are the fields of model_args.pth, if it is there: only the image size is not in the shapes.
     """
     width, patch_values = shape_of(stored, "x_embedder.weight", 2)
-    heads = shape_of(stored, LAYER.replace("*", "0") + "attention.gate", 1)[0]
+    heads = shape_of(stored, "layers.0.attention.gate", 1)[0]
     keys = shape_of(stored, "layers.0.attention.wk.weight", 2)[0]
     mlp = shape_of(stored, "layers.0.feed_forward.w1.weight", 2)[0]
     size = args.get("image_size", 1024)
@@ -127,7 +127,7 @@ def nextdit_config(stored: Tensors, args: Mapping[str, Any]) -> NextDiTConfig:
         raise ValueError(
             f"image_size in model_args.pth is {size!r:.80}, must be a number of pixels"
         )
-    patch = 2
+    patch = 2  # as in every published model
     # the MLP is 2/3 of 4 widths, rounded up to a multiple of this
     multiples = [
         m for m in (256, 128, 64, 32, 16, 8, 4, 2, 1) if -(-int(8 * width / 3) // m) * m == mlp

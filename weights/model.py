@@ -35,35 +35,35 @@ TOKENIZER_FILES = {  # what tells a tokenizer's kind -> what else it reads
 
 
 class Family(NamedTuple):
-    """What a model of a family consists of, and where to get what a file lacks."""
+    """What a model of a family consists of, and what holds where its files do not say."""
 
     title: str
-    needs: tuple[str, ...]
-    steps: int  # to sample with where the files do not say: the official pipelines' defaults
-    guidance: float
-    shift: float  # of the noise schedule, for files without a scheduler
-    repo: str  # has every component as a folder
     pipeline: str  # as model_index.json calls it
+    repo: str  # on the hub: has every component as a folder
+    needs: tuple[str, ...]
+    shift: float  # of the noise schedule
+    steps: int  # to sample with, and the guidance: the official pipelines' defaults
+    guidance: float
 
 
 FAMILIES = {
     "sd3": Family(
-        "Stable Diffusion 3",
-        ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
-        28,
-        7.0,
-        3.0,
-        "stabilityai/stable-diffusion-3-medium-diffusers",
-        "StableDiffusion3Pipeline",
+        title="Stable Diffusion 3",
+        pipeline="StableDiffusion3Pipeline",
+        repo="stabilityai/stable-diffusion-3-medium-diffusers",
+        needs=("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
+        shift=3.0,
+        steps=28,
+        guidance=7.0,
     ),
     "lumina": Family(
-        "Lumina-Next",
-        ("transformer", "vae", "text_encoder", "tokenizer"),
-        30,
-        4.0,
-        1.0,
-        "Alpha-VLLM/Lumina-Next-SFT-diffusers",
-        "LuminaPipeline",
+        title="Lumina-Next",
+        pipeline="LuminaPipeline",
+        repo="Alpha-VLLM/Lumina-Next-SFT-diffusers",
+        needs=("transformer", "vae", "text_encoder", "tokenizer"),
+        shift=1.0,
+        steps=30,
+        guidance=4.0,
     ),
 }
 # Stability AI's encoder files, looked for beside a single file; the first that is there is taken
@@ -104,7 +104,11 @@ def open_model(path: Path, use_t5: bool = True, extra: Sequence[Path] = ()) -> M
     Raises FileNotFoundError or ValueError if there is nothing that can be understood; what is only
     missing is listed in the model.
     """
+    if not path.is_file() and not path.is_dir():
+        raise ValueError(f"{path} is neither a file nor a folder")
     file = path if path.is_file() else _one_file(path)
+    if file is None and extra:
+        raise ValueError(f"{path} is in the diffusers layout: {extra[0]} cannot be added to it")
     model = _open_folder(path, use_t5) if file is None else _open_file(file, use_t5, extra)
     _check_together(model)
     return model
@@ -126,7 +130,7 @@ def _open_folder(folder: Path, use_t5: bool) -> Model:
                 fallback = default_scheduler(family, folder) if family else SchedulerConfig()
                 model.scheduler = read_scheduler(folder / name, fallback)
             else:
-                model.tokenizers[name] = find_tokenizer(folder / name)
+                model.tokenizers[name] = find_tokenizer(folder / name, name, model.family)
         except FileNotFoundError as error:
             model.missing[name] = str(error)
     family = FAMILIES.get(model.family or "")
@@ -198,8 +202,20 @@ def _open_file(path: Path, use_t5: bool, extra: Sequence[Path]) -> Model:
     model.scheduler = model.scheduler or default_scheduler(family, path)
     for name in _wanted(model, family):
         if name not in model.parts and name not in model.tokenizers:
-            model.missing[name] = f"{path} comes without {name}, and it is not beside it"
+            model.missing[name] = _what_to_add(name, model)
     return model
+
+
+def _what_to_add(name: str, model: Model) -> str:
+    """What would bring a component that is not in a single file."""
+    files = ENCODER_FILES.get(name, ()) if model.family == "sd3" else ()
+    if files:
+        return f"{files[0]} or a folder {name} beside {model.where.name}"
+    if name.startswith("tokenizer"):
+        main = main_file(name, str(model.family))
+        small = ", ".join((main, *TOKENIZER_FILES[main]))
+        return f"a folder {name} with the small files {small} beside {model.where.name}"
+    return f"a folder {name} beside {model.where.name}"
 
 
 def _look_in(folder: Path, model: Model, family: Family, use_t5: bool) -> None:
@@ -212,7 +228,7 @@ def _look_in(folder: Path, model: Model, family: Family, use_t5: bool) -> None:
                 model.scheduler = read_scheduler(here, default_scheduler(family, model.where))
         elif name.startswith("tokenizer"):
             if name not in model.tokenizers and here.is_dir():
-                model.tokenizers[name] = find_tokenizer(here)
+                model.tokenizers[name] = find_tokenizer(here, name, model.family)
         elif name in model.parts or (name == "text_encoder_3" and not use_t5):
             continue
         elif (here / "config.json").is_file():
@@ -276,11 +292,19 @@ def _sd3_part(name: str, stored: Tensors, path: Path) -> Part:
     return Part(kind, layout, config, stored, f"{path} ({name})")
 
 
-def find_tokenizer(folder: Path) -> Path:
+def find_tokenizer(folder: Path, name: str, family: str | None = None) -> Path:
     """The folder itself if it has a tokenizer's main file; FileNotFoundError if not."""
-    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
-        raise FileNotFoundError(f"there is none of {', '.join(TOKENIZER_FILES)} in {folder}")
+    files = [main_file(name, family)] if family else [*TOKENIZER_FILES]
+    if not any((folder / file).is_file() for file in files):
+        raise FileNotFoundError(f"there is no {' or '.join(files)} in {folder}")
     return folder
+
+
+def main_file(name: str, family: str) -> str:
+    """The file that a family's tokenizer of this name cannot do without."""
+    if family == "lumina":
+        return "tokenizer.model"
+    return "spiece.model" if name == "tokenizer_3" else "vocab.json"
 
 
 def read_scheduler(folder: Path, fallback: SchedulerConfig) -> SchedulerConfig:
@@ -322,50 +346,54 @@ def default_scheduler(family: Family, where: Path) -> SchedulerConfig:
     return SchedulerConfig(family.shift, default_steps=steps, default_guidance=guidance)
 
 
-def require(model: Model) -> Family:
-    """The model's family, if everything is there to run it.
-
-    Raises one FileNotFoundError that lists all that is missing, and where to get it.
-    """
+def require(model: Model) -> None:
+    """Raise one FileNotFoundError that lists all that a model lacks to run, and where to get it."""
     if model.family is None:
         if "transformer" in model.missing:
             raise FileNotFoundError(model.missing["transformer"])
         have = ", ".join([*model.parts, *model.tokenizers]) or "no component"
         raise FileNotFoundError(f"{model.where} has no transformer, only {have}")
-    family = FAMILIES[model.family]
-    if model.missing:
-        folder = model.where if model.where.is_dir() else model.where.parent
+    if not model.missing:
+        return
+    lacks = "; ".join(f"{name} ({why})" for name, why in model.missing.items())
+    message = f"{model.where} cannot run yet, it lacks {lacks}"
+    if model.where.is_file():
         what = " ".join(f"'{name}/*'" for name in model.missing)
-        raise FileNotFoundError(
-            f"{model.where} cannot run yet, it lacks {', '.join(model.missing)} "
-            f"({next(iter(model.missing.values()))}); one way to get them: "
-            f"hf download {family.repo} --include {what} --local-dir {folder}"
+        message += (
+            f"; one way to get them: hf download {FAMILIES[model.family].repo} --include {what} "
+            f"--exclude '*.fp16*' --local-dir {model.where.parent}"
         )
-    return family
+    raise FileNotFoundError(message)
 
 
 def _check_together(model: Model) -> None:
-    """Raise ValueError where parts are of different models: their widths must meet."""
+    """Raise ValueError where parts are of different models: their kinds and widths must meet."""
+    if model.family is None:
+        return
     configs = {name: part.config for name, part in model.parts.items()}
-    dit = configs.get("transformer")
-    pairs: list[tuple[str, int, str, int]] = []
+    encoder = model.parts.get("text_encoder")
+    kind = {"sd3": "clip", "lumina": "gemma"}[model.family]
+    if encoder and encoder.kind != kind:
+        raise ValueError(
+            f"{model.where}: its text_encoder is a {encoder.kind}, "
+            f"but its transformer needs a {kind}"
+        )
 
-    def meet(field: str, name: str, theirs: str) -> None:
-        if dit is not None and name in configs:
-            pairs.append((field, getattr(dit, field), name, getattr(configs[name], theirs)))
+    def size(name: str, field: str) -> int | None:
+        return getattr(configs[name], field) if name in configs else None
 
-    meet("in_channels", "vae", "latent_channels")
-    if model.family == "sd3":
-        meet("joint_attention_dim", "text_encoder_3", "d_model")
-        clips = [configs.get("text_encoder"), configs.get("text_encoder_2")]
-        if all(clips):
-            both = sum(clip.projection_dim for clip in clips)
-            pairs.append(("pooled_projection_dim", dit.pooled_projection_dim, "both CLIPs", both))
+    given = [("in_channels", "vae", size("vae", "latent_channels"))]
     if model.family == "lumina":
-        meet("cross_attention_dim", "text_encoder", "hidden_size")
-    for field_name, ours, name, theirs in pairs:
-        if ours != theirs:
+        given.append(("cross_attention_dim", "text_encoder", size("text_encoder", "hidden_size")))
+    else:
+        given.append(("joint_attention_dim", "text_encoder_3", size("text_encoder_3", "d_model")))
+        one, two = (size(name, "projection_dim") for name in ("text_encoder", "text_encoder_2"))
+        both = one + two if one and two else None
+        given.append(("pooled_projection_dim", "text_encoder with text_encoder_2", both))
+    for field_name, name, width in given:
+        wanted = getattr(configs["transformer"], field_name)
+        if width not in (None, wanted):
             raise ValueError(
-                f"{model.where}: the transformer's {field_name} is {ours}, but {name} gives "
-                f"{theirs}: they are not parts of one model"
+                f"{model.where}: the transformer's {field_name} is {wanted}, but {name} gives "
+                f"{width}: they are not parts of one model"
             )

@@ -117,7 +117,7 @@ def read_config(folder: Path, name: str) -> Part:
         allowed = [n for n, (kind, _) in CLASSES.items() if kind in ROLES[name]]
         raise ValueError(f"{path} is for {_show(said)}, must be for one of {', '.join(allowed)}")
     kind, layout = known
-    config = config_from_json(KINDS[kind].config, path)
+    config: Any = config_from_json(KINDS[kind].config, path)
     if layout == "unprojected":
         config = replace(config, projection_dim=config.hidden_size)
     return Part(kind, layout, config, {}, str(folder), values)

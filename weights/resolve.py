@@ -60,7 +60,7 @@ def fetch(repo: str, names: Sequence[str], weights: bool = True) -> Path:
         bare = [n for n in networks if (folder / n).is_dir() and not _has_weights(folder / n)]
         if bare:
             folder = _download(repo, [p for name in bare for p in _weights(name, "." + variant)])
-    if not any((folder / name).is_dir() for name in names):
+    if not any((folder / name).exists() for name in ("model_index.json", *names)):
         raise FileNotFoundError(
             f"{repo} on the hub has no component folders such as {names[0]}: download the single "
             "file and give its path, or use a repository in the diffusers layout (SD3: "

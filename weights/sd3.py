@@ -216,11 +216,12 @@ def t5(config: T5Config, stored: Tensors | None = None) -> Table:
     }
 
 
-# Sizes of the networks of a single file, which has no config: read from shapes where shapes tell,
-# otherwise what all published models have.
+# Kind, layout and sizes of the networks in a single file, which has no config: from the shapes
+# where shapes tell, otherwise what all published models have. ValueError if a shape makes no sense.
 
 
 def mmdit_part(stored: Tensors) -> tuple[str, str, MMDiTConfig]:
+    """MMDiT: everything shows, except that heads are 64 wide where no norm of theirs is stored."""
     width, channels, patch, _ = shape_of(stored, "x_embedder.proj.weight", 4)
     layers = count(stored, "joint_blocks.")
     norm = "joint_blocks.0.context_block.attn.ln_k.weight"
@@ -247,6 +248,7 @@ def mmdit_part(stored: Tensors) -> tuple[str, str, MMDiTConfig]:
 
 
 def vae_part(stored: Tensors) -> tuple[str, str, VAEConfig]:
+    """The autoencoder: groups, scale and shift of the latents do not show."""
     levels = count(stored, "encoder.down.")
     widths = [shape_of(stored, f"encoder.down.{i}.block.0.conv1.weight", 4) for i in range(levels)]
     config = VAEConfig(
@@ -275,10 +277,12 @@ def clip_role(stored: Tensors) -> str:
 
 
 def clip_l_part(stored: Tensors) -> tuple[str, str, CLIPConfig]:
+    """The first CLIP; of either, activation, head width (64) and end-of-text id do not show."""
     return _clip_part(stored, "quick_gelu")
 
 
 def clip_g_part(stored: Tensors) -> tuple[str, str, CLIPConfig]:
+    """The second CLIP."""
     return _clip_part(stored, "gelu")
 
 
@@ -303,6 +307,7 @@ def _clip_part(stored: Tensors, activation: str) -> tuple[str, str, CLIPConfig]:
 
 
 def t5_part(stored: Tensors) -> tuple[str, str, T5Config]:
+    """T5: all but the range of its relative positions shows."""
     shared, copy = "shared.weight", "encoder.embed_tokens.weight"
     vocab, width = shape_of(stored, shared if shared in stored else copy, 2)
     attn = "encoder.block.0.layer.0.SelfAttention."
