@@ -9,12 +9,14 @@
     python examples/train.py export  --family sd3 --run runs/sd3 --out my-sd3
     python examples/train.py measure --model my-sd3
 
-Every command goes on where it was interrupted. A step's data, noise and times are a function of
+`vae` and `train` go on where they were interrupted. A step's data, noise and times are a function of
 seed and step number alone, so a resumed run makes the very same steps as an uninterrupted one.
 
-The transformer learns the velocity of a rectified flow together with its text encoders, first at
-128 pixels, where a step costs a quarter, then at 256. Matrices are updated by Muon (Jordan et al.
-2024, https://kellerjordan.github.io/posts/muon), everything else by AdamW.
+Published models read prompts with encoders that others trained on much text. Ours learn from the
+captions alone, in a stage of their own (`text`): to predict a thumbnail of the picture. After that
+the transformer learns the velocity of a rectified flow, first at 128 pixels, where a step costs a
+quarter, then at 256. Matrices are updated by Muon (Jordan et al. 2024,
+https://kellerjordan.github.io/posts/muon), everything else by AdamW.
 
 B batch, C latent channels, h and w latent size.
 """

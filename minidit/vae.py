@@ -9,7 +9,6 @@ B batch, C channels, H and W size at hand, h and w size of the latents, G groups
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from minidit.parts import attention, check_config
 
 ONE_PIECE = 128 * 128  # latents of the largest picture decoded in one piece: 1024 x 1024 pixels
 STRIP = 64 * 64  # latents in a strip of a larger one
+QUERIES = 64 * 64  # attention's queries at a time
 HALO = 2  # rows that a strip's neighbours lend: two 3x3 convolutions, or three after doubling
 
 
@@ -115,11 +115,12 @@ class AutoencoderKL(nn.Module):
 
         tile is how many rows of latents to decode at a time; it changes time and memory, not the
         picture. By default pictures of up to 1024 x 1024 pixels are decoded in one piece, larger
-        ones in strips of 512 x 512 pixels or as much (tile=h for one piece).
+        ones in strips of the area of 512 x 512 (tile=h for one piece).
 
-        At the width of the published VAEs one piece needs 640 numbers a pixel: 2.7 GB for 1024 x
-        1024 in float32, half of it in bfloat16. Strips need 256 a pixel and 640 a pixel of the
-        strip: 5 GB for 2048 x 2048 instead of 10.7, for about twice the arithmetic.
+        At the width of the published VAEs one piece holds 640 numbers a pixel at its peak: 2.7 GB
+        for 1024 x 1024 in float32, half of it in bfloat16, and what convolutions take for
+        themselves. Strips hold 256 a pixel and 640 a pixel of a strip: 5 GB for 2048 x 2048 instead
+        of 10.7, for about twice the arithmetic. A batch multiplies all of this.
         Raises ValueError for latents of another shape or type, or a tile below 1.
         """
         c = self.config
@@ -160,7 +161,9 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for level in self.down:
-            x = level.downsample(level(x))  # (B, C, H / 2, W / 2), except in the last level
+            for block in level.resnets:
+                x = block(x)
+            x = level.downsample(x)  # (B, C, H / 2, W / 2), except in the last level
         return self.conv_out(silu_(self.norm_out(self.mid(x))))
 
 
@@ -185,7 +188,9 @@ class Decoder(nn.Module):
         if strips > 1:
             return self._in_strips(x, strips)
         for level in self.up:
-            x = level.upsample(level(x))  # (B, C, 2H, 2W), except in the last level
+            for block in level.resnets:
+                x = block(x)
+            x = level.upsample(x)  # (B, C, 2H, 2W), except in the last level
         return self.conv_out(silu_(self.norm_out(x)))
 
     def _in_strips(self, x: Tensor, strips: int) -> Tensor:
@@ -206,18 +211,16 @@ class Decoder(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one size; encoder and decoder add what changes the size after it."""
+    """The residual blocks of one size; encoder and decoder add what changes the size after it.
+
+    They also run it, because a `forward` would hold on to the large input of the first block.
+    """
 
     def __init__(self, width_in: int, width: int, count: int, groups: int) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(
             ResnetBlock(width if j else width_in, width, groups) for j in range(count)
         )
-
-    def forward(self, x: Tensor) -> Tensor:
-        for resnet in self.resnets:
-            x = resnet(x)
-        return x
 
 
 class Middle(nn.Module):
@@ -272,7 +275,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, H*W, C)
         q, k, v = (f(tokens)[:, :, None] for f in (self.q, self.k, self.v))  # (B, H*W, 1, C)
-        tokens = self.out(attention(q, k, v))  # (B, H*W, C)
+        # a block of queries at a time, for devices where attention writes out its whole matrix
+        blocks = [attention(part, k, v) for part in q.split(QUERIES, dim=1)]
+        tokens = self.out(torch.cat(blocks, dim=1))  # (B, H*W, C)
         return x + tokens.transpose(1, 2).unflatten(2, x.shape[2:])  # (B, C, H, W)
 
 
@@ -294,6 +299,66 @@ class Upsample(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def block_in_strips(block: ResnetBlock, enlarge: nn.Module, x: Tensor, strips: int) -> Tensor:
+    """block(enlarge(x)), computed in strips."""
+    norm1 = whole_norm(block.norm1, in_strips(enlarge, x, strips))
+    seen = in_strips(lambda s: block.first_half(enlarge(s), norm1), x, strips)
+    norm2 = whole_norm(block.norm2, seen)
+    height = x.shape[2] * (2 if isinstance(enlarge, Upsample) else 1)
+    return join(in_strips(lambda s: block(enlarge(s), norm1, norm2), x, strips), height)
+
+
+def in_strips(f: Callable[[Tensor], Tensor], x: Tensor, strips: int) -> Iterator[Tensor]:
+    """f(x) in strips of rows from top to bottom; f sees HALO more rows of x on either side."""
+    height = x.shape[2]
+    rows = math.ceil(height / strips)
+    for top in range(0, height, rows):
+        start, stop = max(top - HALO, 0), min(top + rows + HALO, height)
+        y = f(x[:, :, start:stop])
+        scale = y.shape[2] // (stop - start)  # 2 where f doubles the size
+        yield y.narrow(2, (top - start) * scale, min(rows, height - top) * scale)
+
+
+def join(pieces: Iterator[Tensor], height: int) -> Tensor:
+    """Strips one below the other, (B, C, height, W)."""
+    top, out = 0, None
+    for piece in pieces:
+        if out is None:  # not torch.cat, which would hold everything twice
+            B, C, _, width = piece.shape
+            out = torch.empty(
+                (B, C, height, width),
+                dtype=piece.dtype,
+                device=piece.device,
+                memory_format=fast_layout(piece),
+            )
+        out[:, :, top : top + piece.shape[2]] = piece
+        top += piece.shape[2]
+    return out
+
+
+def whole_norm(norm: nn.GroupNorm, pieces: Iterator[Tensor]) -> Norm:
+    """`norm` for any part of a picture, with the statistics of the whole, given as strips."""
+    means, variances, rows = [], [], []
+    for piece in pieces:
+        x = exact(piece)
+        mean = x.mean(dim=(2, 3), keepdim=True)  # (B, C, 1, 1)
+        means.append(mean)
+        variances.append((x - mean).square_().mean(dim=(2, 3), keepdim=True))
+        rows.append(x.shape[2])
+
+    def pooled(values: list[Tensor]) -> Tensor:
+        """The mean over strips and over the channels of a group, for every channel."""
+        mean = sum(v * (n / sum(rows)) for v, n in zip(values, rows, strict=True))
+        groups = mean.unflatten(1, (norm.num_groups, -1))  # (B, G, C / G, 1, 1)
+        return groups.mean(dim=2, keepdim=True).expand_as(groups).flatten(1, 2)  # (B, C, 1, 1)
+
+    mean = pooled(means)
+    variance = pooled([v + (m - mean) ** 2 for v, m in zip(variances, means, strict=True)])
+    scale = (variance + norm.eps).rsqrt() * norm.weight[:, None, None]
+    shift = norm.bias[:, None, None] - mean * scale
+    return lambda x: torch.addcmul(shift, exact(x), scale).to(x.dtype)
 
 
 def conv3x3(width_in: int, width: int) -> nn.Conv2d:
@@ -322,67 +387,11 @@ def check_pixels(x: Tensor, channels: int, name: str) -> None:
     """Raise ValueError unless x is (B, channels, H, W), not empty and floating point."""
     if x.ndim != 4 or x.shape[1] != channels or 0 in x.shape:
         raise ValueError(
-            f"{name} has shape {tuple(x.shape)}, must be (batch, {channels}, height, width)"
+            f"{name} has shape {tuple(x.shape)}, "
+            f"must be (batch, {channels}, height, width) and not empty"
         )
     if not x.is_floating_point():
         raise ValueError(f"{name} is {x.dtype}, must be floating point")
-
-
-def in_strips(f: Callable[[Tensor], Tensor], x: Tensor, strips: int) -> Iterator[Tensor]:
-    """f(x) in strips of rows from top to bottom; f sees HALO more rows of x on either side."""
-    height = x.shape[2]
-    rows = math.ceil(height / strips)
-    for top in range(0, height, rows):
-        start, stop = max(top - HALO, 0), min(top + rows + HALO, height)
-        y = f(x[:, :, start:stop])
-        scale = y.shape[2] // (stop - start)  # 2 where f doubles the size
-        yield y.narrow(2, (top - start) * scale, min(rows, height - top) * scale)
-
-
-def block_in_strips(block: ResnetBlock, enlarge: nn.Module, x: Tensor, strips: int) -> Tensor:
-    """block(enlarge(x)), computed in strips."""
-    norm1 = whole_norm(block.norm1, in_strips(enlarge, x, strips))
-    seen = in_strips(lambda s: block.first_half(enlarge(s), norm1), x, strips)
-    norm2 = whole_norm(block.norm2, seen)
-    height = x.shape[2] * (2 if isinstance(enlarge, Upsample) else 1)
-    return join(in_strips(lambda s: block(enlarge(s), norm1, norm2), x, strips), height)
-
-
-def join(strips: Iterator[Tensor], height: int) -> Tensor:
-    """Strips one below the other, (B, C, height, W)."""
-    first = next(strips)
-    shape = (*first.shape[:2], height, first.shape[3])
-    out = torch.empty(
-        shape, dtype=first.dtype, device=first.device, memory_format=fast_layout(first)
-    )
-    top = 0
-    for strip in itertools.chain([first], strips):
-        out[:, :, top : top + strip.shape[2]] = strip
-        top += strip.shape[2]
-    return out
-
-
-def whole_norm(norm: nn.GroupNorm, strips: Iterator[Tensor]) -> Norm:
-    """`norm` for any part of a picture, with the statistics of the whole, given as strips."""
-    means, variances, rows = [], [], []
-    for strip in strips:
-        x = exact(strip)
-        mean = x.mean(dim=(2, 3), keepdim=True)  # (B, C, 1, 1)
-        means.append(mean)
-        variances.append((x - mean).square_().mean(dim=(2, 3), keepdim=True))
-        rows.append(x.shape[2])
-
-    def pooled(values: list[Tensor]) -> Tensor:
-        """The mean over strips and over the channels of a group, for every channel."""
-        mean = sum(v * (n / sum(rows)) for v, n in zip(values, rows, strict=True))
-        groups = mean.unflatten(1, (norm.num_groups, -1))  # (B, G, C / G, 1, 1)
-        return groups.mean(dim=2, keepdim=True).expand_as(groups).flatten(1, 2)  # (B, C, 1, 1)
-
-    mean = pooled(means)
-    variance = pooled([v + (m - mean) ** 2 for v, m in zip(variances, means, strict=True)])
-    scale = (variance + norm.eps).rsqrt() * norm.weight[:, None, None]
-    shift = norm.bias[:, None, None] - mean * scale
-    return lambda x: torch.addcmul(shift, exact(x), scale).to(x.dtype)
 
 
 def exact(x: Tensor) -> Tensor:
