@@ -9,8 +9,8 @@
     python examples/train.py export  --family sd3 --run runs/sd3 --out my-sd3
     python examples/train.py measure --model my-sd3
 
-`vae` and `train` go on where they were interrupted. A step's data, noise and times are a function of
-seed and step number alone, so a resumed run makes the very same steps as an uninterrupted one.
+`vae` and `train` go on where they were interrupted. A step's data, noise and times are a function
+of seed and step number alone, so a resumed run makes the very steps of an uninterrupted one.
 
 Published models read prompts with encoders that others trained on much text. Ours learn from the
 captions alone, in a stage of their own (`text`): to predict a thumbnail of the picture. After that

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from minidit.parts import MLP, attention, batch_sigma, check_config, check_latents, time_features
 from ras.cache import KVCache
-from ras.tokens import flat_rows, put_, take, unpatchify
+from ras.tokens import flat_rows, patchify, put_, take, unpatchify
 
 
 @dataclass(frozen=True)
@@ -108,17 +108,20 @@ class MMDiT(nn.Module):
         latents, context, pooled = (x.to(self.pos_embed.dtype) for x in (latents, context, pooled))
         sigma = batch_sigma(sigma, latents)  # (B,)
 
-        # 1. Embed and position all image tokens, keep the active rows.
-        x = self.patch_embed(latents).flatten(2).transpose(1, 2)  # (B, N, C)
-        # contiguous: elementwise results inherit the layout of x, here channels apart
-        x = x.contiguous() + self._positions(height // P, width // P)
-        N, L = x.shape[1], context.shape[1]
+        # 1. Keep the active rows of all image tokens, embed and position them.
+        patches = patchify(latents, P).transpose(2, 3).flatten(2)  # (B, N, in_channels*P*P)
+        N, L = patches.shape[1], context.shape[1]
+        tokens = torch.arange(N, device=latents.device)[None]  # (1, N)
         rows = joint_rows = None  # rows of the image-only and of the joint caches
         if active is not None:
-            rows = flat_rows(active, N)  # (B, K)
+            tokens, rows = active, flat_rows(active, N)  # (B, K) both
             text_index = torch.arange(N, N + L, device=active.device).expand(len(active), L)
             joint_rows = flat_rows(torch.cat((active, text_index), dim=1), N + L)  # (B, K + L)
-            x = take(x, rows)  # (B, K, C)
+            patches = take(patches, rows)  # (B, K, in_channels*P*P)
+        # the published convolution, whose windows do not overlap, as the matrix product that it is
+        embed = self.patch_embed
+        x = F.linear(patches, embed.weight.flatten(1), embed.bias)  # (B, K, C)
+        x = x + self._positions(tokens, height // P, width // P)
 
         # 2. Every block: active queries attend to all keys and values, fresh or cached.
         text = self.context_embed(context)  # (B, L, C)
@@ -134,12 +137,12 @@ class MMDiT(nn.Module):
             x = put_(x.new_zeros(len(x), N, x.shape[2]), rows, x)  # (B, N, P*P*out_channels)
         return unpatchify(x, height, width, P)  # (B, out_channels, height, width)
 
-    def _positions(self, h: int, w: int) -> Tensor:
-        """The centre h x w of the stored S x S table, (1, h*w, C)."""
+    def _positions(self, tokens: Tensor, h: int, w: int) -> Tensor:
+        """Rows of the stored S x S table for tokens (B or 1, K) of the h x w grid in its centre,
+        (B or 1, K, C)."""
         S = self.config.pos_embed_max_size
-        top, left = (S - h) // 2, (S - w) // 2
-        table = self.pos_embed.view(S, S, -1)[top : top + h, left : left + w]  # (h, w, C)
-        return table.reshape(1, h * w, -1)
+        row, column = tokens // w + (S - h) // 2, tokens % w + (S - w) // 2
+        return F.embedding(row * S + column, self.pos_embed[0])
 
     def _check(self, latents, context, pooled, active, cache) -> None:
         c = self.config

@@ -17,10 +17,10 @@ class RASConfig:
     ratio       share of the tokens that is active in a regional step, in (0, 1]; 1 is dense
     fall        the ratio falls linearly by this much from the first to the last regional step, its
                 mean staying `ratio`; 0 keeps it constant
-    start       number of dense steps at the beginning, at least 1
+    start       dense steps at the beginning: a number of at least 1, or a share of the run in (0, 1)
     end         last step that may be regional, None for the last of the run; later ones are dense
-    refresh     dense steps in between: their indices, or a number to spread evenly over
-                start..end (fewer where the range is too short for so many)
+    refresh     dense steps in between: their indices, or a number or a share in (0, 1) of the steps
+                start..end to spread evenly over them (fewer where the range is too short for it)
     score       a name in ras.SCORES: what the velocity says of a token
     prefer      "low" or "high": which end of the score is active. The paper finds the main subject
                 at the low end of "std" (section 3.3)
@@ -37,11 +37,11 @@ class RASConfig:
     Raises ValueError for anything outside these ranges.
     """
 
-    ratio: float = 0.5
+    ratio: float = 0.2
     fall: float = 0.0
-    start: int = 4
+    start: int | float = 0.35
     end: int | None = None
-    refresh: int | tuple[int, ...] = 2
+    refresh: int | float | tuple[int, ...] = 0.22
     score: str = "drift"
     prefer: str = "high"
     starvation: float = 0.0
@@ -65,17 +65,21 @@ class RASConfig:
                 f"fall is {self.fall} around a ratio of {self.ratio}, "
                 f"which spans {low:g} to {high:g}; must stay in (0, 1]"
             )
-        require(_is_int(self.start) and self.start >= 1, "start", "an integer of at least 1")
+        shares = [x for x in (self.start, self.refresh) if isinstance(x, float) and 0 < x < 1]
+        least = "a number of steps of at least 1, or a share in (0, 1)"
+        require((_is_int(self.start) and self.start >= 1) or self.start in shares, "start", least)
+        first = self.start if _is_int(self.start) else 1
         require(self.end is None or _is_int(self.end), "end", "None or an integer")
-        if self.end is not None and self.end < self.start:
-            raise ValueError(f"end is {self.end}, must be at least start = {self.start}")
+        if self.end is not None and self.end < first:
+            raise ValueError(f"end is {self.end}, must be at least start = {first}")
         if isinstance(self.refresh, list):
             object.__setattr__(self, "refresh", tuple(self.refresh))
         if isinstance(self.refresh, tuple):
-            ok = all(_is_int(step) and step >= self.start for step in self.refresh)
-            require(ok, "refresh", f"step numbers from start = {self.start} on")
+            ok = all(_is_int(step) and step >= first for step in self.refresh)
+            require(ok, "refresh", f"step numbers from start = {first} on")
         else:
-            require(_is_int(self.refresh) and self.refresh >= 0, "refresh", "0, a count, or steps")
+            ok = (_is_int(self.refresh) and self.refresh >= 0) or self.refresh in shares
+            require(ok, "refresh", "a number of steps, a share in (0, 1), or step numbers")
         require(self.score in SCORES, "score", f"one of {', '.join(SCORES)}")
         require(self.prefer in ("low", "high"), "prefer", "'low' or 'high'")
         require(0 <= self.starvation < float("inf"), "starvation", "a finite number of at least 0")
@@ -126,8 +130,16 @@ PRESETS = {
     # recover (3.4), first 4 of 28 steps dense, refresh at 12 and 20 of 30 (3.5). Neither k nor how
     # far the ratio falls is given.
     "paper": RASConfig(
-        score="std", prefer="low", starvation=1.0, starved_by="skips", fall=0.25, reuse="hold"
-    ),
+        ratio=0.5,
+        fall=0.25,
+        start=4,
+        refresh=2,
+        score="std",
+        prefer="low",
+        starvation=1.0,
+        starved_by="skips",
+        reuse="hold",
+    ),  # fmt: skip
     # The two official scripts, as they run: starvation_scale is parsed but never applied (D01).
     "upstream_sd3": RASConfig.upstream(
         high_ratio=0.3, scheduler_end_step=28, error_reset_steps=(12, 20)

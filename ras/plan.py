@@ -20,15 +20,16 @@ def plan(config: RASConfig, steps: int, tokens: int) -> tuple[Step, ...]:
         return plan_upstream(config.official, steps, tokens)
     if config.ratio == 1:
         return (Step(False, tokens),) * steps
-    if config.start >= steps:
+    start = max(1, _steps(config.start, steps))
+    if start >= steps:
         raise ValueError(
-            f"start is {config.start}, must be below steps = {steps}, or no step would be regional"
+            f"start is {config.start}, must leave a regional step of the {steps} in the run"
         )
     end = steps - 1 if config.end is None else config.end
-    if end >= steps:
-        raise ValueError(f"end is {end}, must be below steps = {steps}")
-    refresh = refresh_steps(config, end)
-    regional = [t for t in range(config.start, end + 1) if t not in refresh]
+    if not start <= end < steps:
+        raise ValueError(f"end is {end}, must be within {start}..{steps - 1} in this run")
+    refresh = refresh_steps(config.refresh, start, end)
+    regional = [t for t in range(start, end + 1) if t not in refresh]
     counts = dict(zip(regional, _counts(config, len(regional), tokens), strict=True))
     if config.max_stale is not None and counts:
         _check_bound(config.max_stale, min(counts.values()), tokens)
@@ -38,18 +39,23 @@ def plan(config: RASConfig, steps: int, tokens: int) -> tuple[Step, ...]:
     )
 
 
-def refresh_steps(config: RASConfig, end: int) -> tuple[int, ...]:
+def refresh_steps(refresh: int | float | tuple[int, ...], start: int, end: int) -> tuple[int, ...]:
     """The dense steps within start..end. A number r is spread so that r + 1 regional stretches
     remain, equal or longer by one (28 steps, start 4, r = 2: steps 12 and 20, as upstream)."""
-    if isinstance(config.refresh, tuple):
-        late = [t for t in config.refresh if t > end]
-        if late:
-            raise ValueError(f"refresh names step {late[0]}, must be within {config.start}..{end}")
-        return config.refresh
-    length = end - config.start + 1
-    count = min(config.refresh, (length - 1) // 2)  # each refresh has regional steps on both sides
+    if isinstance(refresh, tuple):
+        outside = [t for t in refresh if not start <= t <= end]
+        if outside:
+            raise ValueError(f"refresh names step {outside[0]}, must be within {start}..{end}")
+        return refresh
+    length = end - start + 1
+    count = min(_steps(refresh, length), (length - 1) // 2)  # regional steps on both sides
     regional, stretches = length - count, count + 1
-    return tuple(config.start + i - (-(i + 1) * regional // stretches) for i in range(count))
+    return tuple(start + i - (-(i + 1) * regional // stretches) for i in range(count))
+
+
+def _steps(value: int | float, length: int) -> int:
+    """A number of steps, or a share of `length` as one."""
+    return value if isinstance(value, int) else round(value * length)
 
 
 def _counts(config: RASConfig, regional: int, tokens: int) -> list[int]:

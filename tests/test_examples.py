@@ -12,7 +12,7 @@ import torch
 from conftest import GOLDENS
 from PIL import Image
 
-from ras import RASConfig, Step, Trace
+from ras import Step, Trace
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TINY = ["a cat", "--model", str(GOLDENS / "pipe_sd3"), "--size", "48x32", "--guidance", "3"]
@@ -131,4 +131,3 @@ def test_heat_counts_regional_steps_only():
     trace.record(0.6, Step(True, 2, True), torch.tensor([[1, 2]]), one)
     assert trace.heat().tolist() == [[0.0, 1.0, 0.5]]
     assert trace.token_steps == 6 and trace.share == 6 / 9
-    assert RASConfig().ratio == 0.5

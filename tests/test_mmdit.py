@@ -61,7 +61,7 @@ def test_position_table_is_cropped_in_its_centre():
     rows, columns = torch.meshgrid(torch.arange(S), torch.arange(S), indexing="ij")
     model = MMDiT(model.config)
     model.pos_embed = (100.0 * rows + columns).reshape(1, S * S, 1).expand(1, S * S, C)
-    table = model._positions(3, 6)[0, :, 0].view(3, 6)
+    table = model._positions(torch.arange(18)[None], 3, 6)[0, :, 0].view(3, 6)
     assert table[0, 0] == 100 * ((S - 3) // 2) + (S - 6) // 2
     assert table[2, 5] == table[0, 0] + 205
 
@@ -80,7 +80,7 @@ def test_a_single_token_and_the_whole_table_work():
         ({"latents": torch.zeros(1, 4, 5, 4)}, "latents are 5x4, both must be multiples of 2"),
         ({"latents": torch.zeros(1, 4, 26, 4)}, "latents are 26x4, but the position table"),
         ({"sigma": torch.zeros(2)}, "sigma has shape (2,), must be a number or (1,)"),
-        ({"context": torch.zeros(1, 5, 21)}, "context has shape (1, 5, 21), must be (1, tokens, 20)"),
+        ({"context": torch.zeros(1, 5, 21)}, "(1, 5, 21), must be (1, tokens, 20)"),
         ({"context": torch.zeros(2, 5, 20)}, "context has shape (2, 5, 20)"),
         ({"pooled": torch.zeros(1, 13)}, "pooled has shape (1, 13), must be (1, 12)"),
     ],
@@ -96,7 +96,7 @@ def test_bad_inputs_are_named(change, sentence):
     ("change", "sentence"),
     [
         ({"num_layers": 0}, "num_layers is 0, must be at least 1"),
-        ({"caption_projection_dim": 100}, "must be num_attention_heads * attention_head_dim = 1536"),
+        ({"caption_projection_dim": 100}, "num_attention_heads * attention_head_dim = 1536"),
         ({"qk_norm": "layer_norm"}, "qk_norm is 'layer_norm', must be null or 'rms_norm'"),
         ({"dual_attention_layers": (0, 24)}, "names layer 24, must be within 0..23"),
     ],

@@ -151,7 +151,7 @@ def test_what_is_cut_off_is_quoted(pipe):
         ({"seed": "a"}, "seed is 'a'"),
         ({"num_images": 0}, "num_images is 0"),
         ({"ras": 0.5}, "ras is 0.5, must be a ras.RASConfig or None"),
-        ({"ras": RASConfig()}, "start is 4, must be below steps = 2"),
+        ({"ras": RASConfig(start=4)}, "start is 4, must leave a regional step of the 2"),
         ({"latents": torch.zeros(1, 3, 4, 6)}, "latents have shape (1, 3, 4, 6)"),
         ({"latents": torch.zeros(2, 4, 4, 6)}, "latents have shape (2, 4, 4, 6)"),
         ({"latents": torch.zeros(1, 4, 8, 6)}, "but 48x32 was asked"),

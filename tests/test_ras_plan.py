@@ -54,6 +54,16 @@ def test_two_refreshes_of_28_steps_are_the_ones_of_the_official_script():
     assert [t for t in range(4, 28) if not steps[t].regional] == [12, 20]
 
 
+@given(st.integers(2, 100))
+def test_shares_of_the_run_fit_any_number_of_steps(steps):
+    """The default preset works from two steps on; start and refresh keep their shares."""
+    regional = [step.regional for step in plan(RASConfig(start=0.35, refresh=0.22), steps, 64)]
+    start = regional.index(True)
+    assert start == max(1, round(0.35 * steps))
+    dense = regional[start:].count(False)
+    assert dense == min(round(0.22 * (steps - start)), (steps - start - 1) // 2)
+
+
 @given(st.integers(1, 30), st.integers(1, 500))
 def test_ratio_one_is_all_dense(steps, tokens):
     assert plan(RASConfig(ratio=1), steps, tokens) == (ras.Step(False, tokens),) * steps
@@ -62,7 +72,7 @@ def test_ratio_one_is_all_dense(steps, tokens):
 def test_a_plan_is_the_same_for_every_call_and_prints():
     first, second = (plan(RASConfig(), 28, 256) for _ in range(2))
     assert first == second
-    assert "regional=True, active=128" in str(first)
+    assert "regional=True, active=51" in str(first)
 
 
 @pytest.mark.parametrize(
@@ -74,9 +84,11 @@ def test_a_plan_is_the_same_for_every_call_and_prints():
         ({"ratio": "half"}, "ratio is 'half'"),
         ({"start": 0}, "start is 0"),
         ({"start": True}, "start is True"),
-        ({"end": 3}, "end is 3, must be at least start = 4"),
-        ({"refresh": (2,)}, "refresh is (2,)"),
+        ({"start": 1.5}, "start is 1.5, must be a number of steps of at least 1, or a share"),
+        ({"start": 4, "end": 3}, "end is 3, must be at least start = 4"),
+        ({"start": 4, "refresh": (2,)}, "refresh is (2,), must be step numbers from start = 4"),
         ({"refresh": -1}, "refresh is -1"),
+        ({"refresh": 1.0}, "refresh is 1.0"),
         ({"fall": 1.2}, "fall is 1.2"),
         ({"score": "entropy"}, "score is 'entropy', must be one of std"),
         ({"prefer": "middle"}, "prefer is 'middle'"),
@@ -96,9 +108,10 @@ def test_impossible_settings_are_named(settings, sentence):
 @pytest.mark.parametrize(
     ("config", "steps", "sentence"),
     [
-        (RASConfig(), 4, "start is 4, must be below steps = 4"),
-        (RASConfig(end=20), 20, "end is 20, must be below steps = 20"),
-        (RASConfig(refresh=(9, 30)), 28, "refresh names step 30, must be within 4..27"),
+        (RASConfig(start=4), 4, "start is 4, must leave a regional step of the 4 in the run"),
+        (RASConfig(), 1, "start is 0.35, must leave a regional step of the 1 in the run"),
+        (RASConfig(end=20), 20, "end is 20, must be within 7..19 in this run"),
+        (RASConfig(start=4, refresh=(9, 30)), 28, "refresh names step 30, must be within 4..27"),
         (RASConfig(ratio=0.25, max_stale=2), 28, "max_stale is 2, which needs at least 22 of 64"),
         (RASConfig(), 0, "steps is 0"),
         (RASConfig.preset("upstream_sd3"), 20, "error_reset_steps names step 20"),
