@@ -17,7 +17,8 @@ class RASConfig:
     ratio       share of the tokens that is active in a regional step, in (0, 1]; 1 is dense
     fall        the ratio falls linearly by this much from the first to the last regional step, its
                 mean staying `ratio`; 0 keeps it constant
-    start       dense steps at the beginning: a number of at least 1, or a share of the run in (0, 1)
+    start       dense steps at the beginning: a number of at least 1, or a share in (0, 1) of the
+                run
     end         last step that may be regional, None for the last of the run; later ones are dense
     refresh     dense steps in between: their indices, or a number or a share in (0, 1) of the steps
                 start..end to spread evenly over them (fewer where the range is too short for it)

@@ -39,8 +39,10 @@ def drift(history: History) -> Tensor:
     its rate of change times the distance. Starvation comes for free: the distance grows.
     """
     change = (history.last - history.prior).flatten(2).norm(dim=2)  # (B, N)
-    span = (history.prior_sigma - history.last_sigma).clamp_min(1e-6)
-    return change / span * (history.last_sigma - history.next_sigma)
+    span = history.prior_sigma - history.last_sigma
+    # before the second time no rate is known: the velocity itself stands in for it
+    rate = torch.where(span > 0, change / span.clamp_min(1e-6), history.last.flatten(2).norm(dim=2))
+    return rate * (history.last_sigma - history.next_sigma)
 
 
 SCORES = {"std": std, "l2": l2, "drift": drift, "random": random}

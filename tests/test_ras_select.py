@@ -164,6 +164,20 @@ def test_scores_are_what_they_say():
     assert torch.allclose(SCORES["l2"](history).double(), l2)
 
 
+def test_drift_is_the_rate_of_change_times_the_distance_ahead():
+    first, second = random_velocity(0, 1, 4), random_velocity(1, 1, 4)
+    history = observe(None, first, None, None, torch.tensor(1.0), torch.tensor(0.75))
+    unknown = first.flatten(2).norm(dim=2) * 0.25  # no rate yet
+    assert torch.allclose(SCORES["drift"](history), unknown)
+    sigmas = torch.tensor(0.75), torch.tensor(0.25)
+    history = observe(history, second, first, torch.tensor([[1, 2]]), *sigmas)
+    rate = (second - first).flatten(2).norm(dim=2) / 0.25
+    expected = torch.stack(
+        (first[0, 0].norm() * 0.75, *(rate[0, 1:3] * 0.5), first[0, 3].norm() * 0.75)
+    )
+    assert torch.allclose(SCORES["drift"](history)[0], expected)
+
+
 def test_random_scores_depend_on_seed_and_step_only():
     history = observe(None, random_velocity(0, 2, 16), None, None, *ONE)
     score = SCORES["random"](history)
