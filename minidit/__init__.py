@@ -61,6 +61,9 @@ def load(
 
     kept = "cpu" if offload else device
     family, parts = load_parts(path, device=kept, dtype=dtype, use_t5=use_t5)
+    vae = parts["vae"]
+    if dtype == torch.float16 and vae.config.force_upcast:
+        vae.float()  # its activations leave the range of float16
     pipeline = {"sd3": SD3Pipeline, "lumina": LuminaPipeline}[family]
     return pipeline(**parts, device=torch.device(device), offload=offload)
 

@@ -294,14 +294,9 @@ def _repeat(cond: Cond | None, times: int) -> Cond | None:
     }
 
 
-def _scale(pipe: Any) -> int:
-    """Pixels a latent: 8 for every published VAE."""
-    return 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-
-
 def _latent_shape(pipe: Any, height: int | None, width: int | None) -> tuple[int, int, int]:
     """(C, h, w) for a size in pixels; raises ValueError unless VAE and patch divide it."""
-    config, scale = pipe.transformer.config, _scale(pipe)
+    config, scale = pipe.transformer.config, pipe.vae.config.downscale
     multiple = scale * config.patch_size
     sizes = [config.sample_size * scale if s is None else s for s in (height, width)]
     for name, size in zip(("height", "width"), sizes, strict=True):
@@ -315,7 +310,7 @@ def _check_latents(
 ) -> None:
     if not isinstance(latents, Tensor) or latents.ndim != 4:
         raise ValueError("latents must be a tensor of shape (images, channels, height, width)")
-    scale = _scale(pipe)
+    scale = pipe.vae.config.downscale
     tall, wide = (s * scale for s in latents.shape[-2:])
     _latent_shape(pipe, tall, wide)
     if (height or tall, width or wide) != (tall, wide):

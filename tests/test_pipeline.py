@@ -173,6 +173,19 @@ def test_offload_changes_nothing_but_where_the_parts_are(pipe):
     assert draw(away, seed=0).latents.equal(draw(pipe, seed=0).latents)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", PIPES)
+def test_half_precision_draws_nearly_the_same(name, dtype):
+    half = minidit.load(GOLDENS / name, dtype=dtype)
+    assert half.transformer.patch_embed.weight.dtype == dtype
+    upcast = dtype == torch.float16 and half.vae.config.force_upcast
+    assert half.vae.encoder.conv_in.weight.dtype == (torch.float32 if upcast else dtype)
+    latents = draw(half, seed=0).latents
+    expected = draw(pipeline(name), seed=0).latents
+    assert latents.dtype == torch.float32
+    assert (latents - expected).abs().max() < 0.1 * expected.abs().max()
+
+
 def test_to_image_clamps_and_rounds():
     pixels = torch.tensor([-2.0, -1.0, 0.0, 1.0, 3.0]).expand(3, 1, 5)
     assert np.asarray(to_image(pixels))[0, :, 0].tolist() == [0, 0, 128, 255, 255]
