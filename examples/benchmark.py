@@ -92,9 +92,7 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def build(
-    family: str, layers: int, device: torch.device, dtype: torch.dtype
-) -> MMDiT | NextDiT:
+def build(family: str, layers: int, device: torch.device, dtype: torch.dtype) -> MMDiT | NextDiT:
     """A model of the official width with random weights and any number of layers."""
     fields = vars(VARIANTS[family]) | {"num_layers": layers}
     if family == "sd3.5-medium":

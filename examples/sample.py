@@ -30,7 +30,7 @@ def main() -> None:
     width, height = args.size or (None, None)
     pipe = minidit.load(
         args.model, device=args.device, dtype=DTYPES[args.dtype], offload=args.offload,
-        use_t5=not args.no_t5,
+        use_t5=not args.no_t5, extra=args.extra,
     )  # fmt: skip
     clock = StepClock(args.device)
     out = pipe(
@@ -70,6 +70,7 @@ def parse_args() -> argparse.Namespace:
     add("--device", default="cpu", help="cpu, cuda or mps")
     add("--offload", action="store_true", help="keep only the running part on the device")
     add("--no-t5", action="store_true", help="leave out SD3's largest text encoder")
+    add("--with", dest="extra", nargs="+", default=[], metavar="PATH", help="what a file lacks")
     add("--out", type=Path, default=Path("sample.png"))
     add("--verbose", action="store_true", help="print memory too")
     return parser.parse_args()

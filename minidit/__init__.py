@@ -1,13 +1,14 @@
 """Stable Diffusion 3 / 3.5 and Lumina-Next in pure PyTorch, with Region-Adaptive Sampling.
 
-    import minidit, ras
-    pipe = minidit.load("mini-sd3")
-    out = pipe("a red apple on a sky blue background", seed=0, ras=ras.RASConfig(ratio=0.5))
-    out.images[0].save("apple.png")
+import minidit, ras
+pipe = minidit.load("mini-sd3")
+out = pipe("a red apple on a sky blue background", seed=0, ras=ras.RASConfig(ratio=0.5))
+out.images[0].save("apple.png")
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from os import PathLike
 from typing import Any
 
@@ -48,6 +49,7 @@ def load(
     *,
     offload: bool = False,
     use_t5: bool = True,
+    extra: Sequence[str | PathLike[str]] = (),
 ) -> SD3Pipeline | LuminaPipeline:
     """A whole model: folder, single file, hub id, or "mini-sd3" / "mini-lumina".
 
@@ -55,12 +57,13 @@ def load(
     dtype  of the weights in memory, whatever they are on disk
     offload  keep on the device only the part that is running
     use_t5   False leaves out SD3's third text encoder
+    extra    files or folders with what a single file lacks (encoders, tokenizers), if not beside it
     Raises ValueError or FileNotFoundError, with nothing loaded, for files that do not fit.
     """
     from weights.load import load_parts
 
     kept = "cpu" if offload else device
-    family, parts = load_parts(path, device=kept, dtype=dtype, use_t5=use_t5)
+    family, parts = load_parts(path, device=kept, dtype=dtype, use_t5=use_t5, extra=extra)
     vae = parts["vae"]
     if dtype == torch.float16 and vae.config.force_upcast:
         vae.float()  # its activations leave the range of float16

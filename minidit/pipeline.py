@@ -133,9 +133,7 @@ class SD3Pipeline:
         context = torch.cat((clip, t5.to(clip.dtype)), dim=1)  # (n, L_clip + L_t5, width)
         return {"context": context, "pooled": torch.cat([pooled for _, pooled in clips], dim=1)}
 
-    def _clip(
-        self, module: nn.Module, tokenizer: Any, prompts: list[str]
-    ) -> tuple[Tensor, Tensor]:
+    def _clip(self, module: nn.Module, tokenizer: Any, prompts: list[str]) -> tuple[Tensor, Tensor]:
         window = module.config.max_position_embeddings
         ids = tokenizer(prompts, min(tokenizer.model_max_length or window, window))
         with _running(self, module) as encoder:

@@ -467,7 +467,7 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
         if line and not (number == 1 and line.startswith("#version")):
             pair = tuple(line.split(" "))
             if len(pair) != 2 or not all(pair):
-                raise ValueError(f"{path}, line {number} is {line!r}, must be two pieces")
+                raise ValueError(f"{path}, line {number} is {line[:80]!r}, must be two pieces")
             merges.append(pair)
     if not merges:
         raise ValueError(f"{path} has no merges")

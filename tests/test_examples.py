@@ -131,3 +131,15 @@ def test_heat_counts_regional_steps_only():
     trace.record(0.6, Step(True, 2, True), torch.tensor([[1, 2]]), one)
     assert trace.heat().tolist() == [[0.0, 1.0, 0.5]]
     assert trace.token_steps == 6 and trace.share == 6 / 9
+
+
+def test_evaluate_resumes_and_makes_the_same_table(run, tmp_path, capsys):
+    args = ["--model", str(GOLDENS / "pipe_sd3"), "--prompts", "a cat", "--seeds", "2", "--steps",
+            "8", "--out", "e.jsonl", "--settings", "default", "dense, 61 % of the steps"]  # fmt: skip
+    run("evaluate", *args)
+    table = capsys.readouterr().out
+    rows = (tmp_path / "e.jsonl").read_text().splitlines()
+    assert len(rows) == 4 and "| default |" in table and table.count("±") == 4
+    (tmp_path / "e.jsonl").write_text("\n".join(rows[:3]) + '\n{"setting": "def')
+    run("evaluate", *args)
+    assert capsys.readouterr().out == table

@@ -101,9 +101,10 @@ def _describe_part(part: Part, missing: bool) -> tuple[str, bool]:
     values = sum(math.prod(tensor.shape) for tensor in module.state_dict().values())
     kinds = sorted({str(t.dtype).removeprefix("torch.") for t in part.stored.values()})
     stored = sum(stored_bytes(t) for t in part.stored.values())
+    amount = f"{stored / 1e9:.2f} GB" if stored >= 1e9 else f"{stored / 1e6:.1f} MB"
     return (
         f"{type(module).__name__}, {size}, {values / 1e6:.1f} M values, "
-        f"stored as {' and '.join(kinds)}, {stored / 1e9:.2f} GB"
+        f"stored as {' and '.join(kinds)}, {amount}"
     ), True
 
 
