@@ -173,6 +173,27 @@ def test_offload_changes_nothing_but_where_the_parts_are(pipe):
     assert draw(away, seed=0).latents.equal(draw(pipe, seed=0).latents)
 
 
+@pytest.mark.parametrize("name", PIPES)
+def test_offload_never_holds_more_than_the_largest_part(name, monkeypatch):
+    """cpu:0 plays the accelerator: every move there and back is added up."""
+    moved, held, peak, to = torch.nn.Module.to, 0, [], torch.device("cpu:0")
+
+    def counting(module, device, *args):
+        nonlocal held
+        size = sum(tensor.nbytes for tensor in module.state_dict().values())
+        held += size if device == to else -size
+        peak.append(held)
+        return moved(module, device, *args)
+
+    pipe = minidit.load(GOLDENS / name, device=to, offload=True)
+    monkeypatch.setattr(torch.nn.Module, "to", counting)
+    draw(pipe, seed=0)
+    parts = [part for part in vars(pipe).values() if isinstance(part, torch.nn.Module)]
+    largest = max(sum(x.nbytes for x in part.state_dict().values()) for part in parts)
+    assert len(peak) == 2 * len(parts)  # every part is moved once: prompts are encoded once
+    assert held == 0 and max(peak) <= 1.15 * largest
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", PIPES)
 def test_half_precision_draws_nearly_the_same(name, dtype):
