@@ -21,7 +21,6 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 
-import torch
 from compare import psnr
 
 import minidit
@@ -149,7 +148,6 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.seeds < 1:
         parser.error(f"--seeds is {args.seeds}, must be at least 1")
-    torch.set_grad_enabled(False)
     return args
 
 
