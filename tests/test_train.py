@@ -254,9 +254,9 @@ def test_positions_run_from_edge_to_edge_at_every_size(family, run):
     pipe = train.new_pipeline("sd3", run)
     width, model = pipe.transformer.config.width, pipe.transformer
     train.place(pipe, 256)
-    fine = model._positions(16, 16).view(16, 16, width)
+    fine = model._positions(torch.arange(256)[None], 16, 16).view(16, 16, width)
     train.place(pipe, 128)
-    coarse = model._positions(8, 8).view(8, 8, width)
+    coarse = model._positions(torch.arange(64)[None], 8, 8).view(8, 8, width)
     # sin(x) and cos(x) of the first rate, 1: the angle between neighbours is what x grows by
     quarter = width // 4
     assert torch.allclose(fine[0, 3, 0], torch.tensor(3.0).sin(), atol=1e-5)
