@@ -191,7 +191,7 @@ def lumina_networks(gemma_vocab: int) -> list[nn.Module]:
         GemmaConfig(
             vocab_size=gemma_vocab,
             hidden_size=text,
-            intermediate_size=512,
+            intermediate_size=384,
             num_hidden_layers=3,  # the last one is never run
             num_attention_heads=4,
             num_key_value_heads=1,
@@ -216,7 +216,10 @@ def initialise(network: nn.Module) -> None:
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         if isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02 if "relative" in name else 0.3)
+            std = 0.02 if "relative" in name else 0.3
+            if isinstance(network, GemmaEncoder):  # which multiplies by the root of its width
+                std = network.config.hidden_size**-0.5
+            nn.init.normal_(module.weight, std=std)
         if name.endswith(("modulation", "final.linear")):
             nn.init.zeros_(module.weight)
 

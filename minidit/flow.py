@@ -114,7 +114,7 @@ def denoise(
             region: dict[str, Any] = {}
             if plan:
                 step, following = plan[i], plan[min(i + 1, steps - 1)]
-                if step.select:
+                if step.select:  # who is active now, and what the others will reuse
                     chosen, kept = select(ras, history, step.active, steps), history  # (B, K)
                 if step.regional or following.regional:
                     region = {"active": chosen if step.regional else None, "cache": kv}
