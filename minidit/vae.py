@@ -362,10 +362,12 @@ def whole_norm(norm: nn.GroupNorm, pieces: Iterator[Tensor]) -> Norm:
 
 
 def conv3x3(width_in: int, width: int) -> nn.Conv2d:
+    """A 3x3 convolution that keeps the size."""
     return nn.Conv2d(width_in, width, kernel_size=3, padding=1)
 
 
 def group_norm(width: int, groups: int) -> nn.GroupNorm:
+    """GroupNorm with the eps of both published VAEs."""
     return nn.GroupNorm(groups, width, eps=1e-6)
 
 

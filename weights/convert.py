@@ -158,6 +158,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
+    """A config as the official repositories format it."""
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 

@@ -115,6 +115,7 @@ def _entry(path: Path, name: str, entry: Any, start: int) -> Stored:
 
 
 def stored_bytes(t: Stored) -> int:
+    """Bytes that a tensor takes in its file."""
     return math.prod(t.shape) * t.dtype.itemsize
 
 
@@ -200,6 +201,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(data: bytes, path: Path) -> dict[str, Any]:
+    """The JSON object that data, read from path, holds; ValueError for anything else."""
     try:
         value = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -210,6 +212,7 @@ def parse_json(data: bytes, path: Path) -> dict[str, Any]:
 
 
 def file_size(path: Path) -> int:
+    """Bytes of a file; FileNotFoundError or ValueError where it cannot be read."""
     try:
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {path}")

@@ -29,16 +29,22 @@ from weights.files import Stored, Tensors, read_rows, row_chunks
 
 @dataclass(frozen=True)
 class Swap:
+    """A stored tensor with its two halves exchanged."""
+
     name: str
 
 
 @dataclass(frozen=True)
 class Conv1x1:
+    """A matrix that is stored as a 1x1 convolution."""
+
     name: str
 
 
 @dataclass(frozen=True)
 class Same:
+    """A stored tensor of which the file holds a copy."""
+
     name: str
     copy: str
 
