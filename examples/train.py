@@ -74,7 +74,7 @@ WINDOW = 24  # text tokens of each tokenizer of SD3
 MERGES = 2500  # of the CLIP vocabulary: nearly every word of the captions becomes one token
 PIECES = 1600  # of the SentencePiece vocabularies
 TABLE = 32  # side of SD3's position table, in tokens
-SCHEDULER = SchedulerConfig(shift=2.0, default_steps=24, default_guidance=3.0)
+SCHEDULER = SchedulerConfig(shift=3.0, default_steps=24, default_guidance=4.0)
 
 PROMPTS = (
     "red apple on a sky blue background",

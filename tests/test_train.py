@@ -381,3 +381,26 @@ def test_frechet_distance_of_gaussians():
     # the same Gaussian twice as wide: trace of (2 - 1)^2 times its covariance
     expected = np.trace(np.cov(sample, rowvar=False)) + np.square(sample.mean(0)).sum()
     assert train.frechet(sample, 2 * sample) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("case", ["plain", "mask", "bias", "causal", "grouped"])
+def test_plain_attention_is_torch_attention(case):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    heads = 2 if case == "grouped" else 4
+    tokens = 5 if case == "causal" else 7
+    q, k, v = draw(2, 4, 5, 8), draw(2, heads, tokens, 8), draw(2, heads, tokens, 8)
+    options = {
+        "plain": {},
+        "mask": {"attn_mask": draw(2, 1, 5, 7) > -1},
+        "bias": {"attn_mask": draw(1, 4, 5, 7), "scale": 1.0},
+        "causal": {"is_causal": True},
+        "grouped": {"enable_gqa": True},
+    }[case]
+    attention = torch.nn.functional.scaled_dot_product_attention
+    expected = attention(q, k, v, **options)
+    with train.PlainAttention():
+        torch.testing.assert_close(attention(q, k, v, **options), expected)
