@@ -38,11 +38,11 @@ class RASConfig:
     Raises ValueError for anything outside these ranges.
     """
 
-    ratio: float = 0.2
+    ratio: float = 0.1
     fall: float = 0.0
-    start: int | float = 0.35
+    start: int | float = 0.2
     end: int | None = None
-    refresh: int | float | tuple[int, ...] = 0.22
+    refresh: int | float | tuple[int, ...] = 0.5
     score: str = "drift"
     prefer: str = "high"
     starvation: float = 0.0

@@ -72,7 +72,7 @@ def test_ratio_one_is_all_dense(steps, tokens):
 def test_a_plan_is_the_same_for_every_call_and_prints():
     first, second = (plan(RASConfig(), 28, 256) for _ in range(2))
     assert first == second
-    assert "regional=True, active=51" in str(first)
+    assert "regional=True, active=26" in str(first)
 
 
 @pytest.mark.parametrize(
@@ -109,8 +109,8 @@ def test_impossible_settings_are_named(settings, sentence):
     ("config", "steps", "sentence"),
     [
         (RASConfig(start=4), 4, "start is 4, must leave a regional step of the 4 in the run"),
-        (RASConfig(), 1, "start is 0.35, must leave a regional step of the 1 in the run"),
-        (RASConfig(end=20), 20, "end is 20, must be within 7..19 in this run"),
+        (RASConfig(), 1, "start is 0.2, must leave a regional step of the 1 in the run"),
+        (RASConfig(end=20), 20, "end is 20, must be within 4..19 in this run"),
         (RASConfig(start=4, refresh=(9, 30)), 28, "refresh names step 30, must be within 4..27"),
         (RASConfig(ratio=0.25, max_stale=2), 28, "max_stale is 2, which needs at least 22 of 64"),
         (RASConfig(), 0, "steps is 0"),
