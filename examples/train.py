@@ -605,7 +605,7 @@ class Plan:
     adam_lr: float = 2e-3
     warmup: int = 100
     cooldown: int = 0  # the last steps, in which the learning rate falls to 0
-    shift: float = 2.0  # of the noise levels, towards noise
+    shift: float = 4.0  # of the noise levels, towards noise: where the prompt decides
     empty: float = 0.1  # share of captions left empty, for guidance
     joint: int = 0  # 1 trains the text encoders on together with the transformer
     seed: int = 0
@@ -619,13 +619,12 @@ class Plan:
 class Trainer:
     """Networks, their running average and the optimisers; `state` is all that a run has to keep."""
 
-    def __init__(self, pipe: Any, plan: Plan, compiled: bool = False) -> None:
+    def __init__(self, pipe: Any, plan: Plan) -> None:
         self.pipe, self.plan, self.steps = pipe, plan, 0
         self.networks = trainable(pipe).train().requires_grad_(False)
         learning = self.networks if plan.joint else self.networks["transformer"]
         self.muon, self.adam = optimisers(pipe, learning.requires_grad_(True))
         self.average = copy.deepcopy(self.networks).requires_grad_(False).eval()
-        self.forward = torch.compile(pipe.transformer) if compiled else pipe.transformer
 
     def step(self, data: emoji.Latents) -> Tensor:
         """One update; returns its loss, detached."""
@@ -642,7 +641,7 @@ class Trainer:
         noisy = torch.lerp(clean, noise, sigma[:, None, None, None])
         with autocast(), PlainAttention():
             cond = encode(self.pipe, captions)
-            velocity = self.forward(noisy, sigma, **cond)
+            velocity = self.pipe.transformer(noisy, sigma, **cond)
         loss = F.mse_loss(velocity.float(), noise - clean)
 
         loss.backward()
@@ -677,16 +676,14 @@ class Trainer:
         self.adam.load_state_dict(state["adam"])
 
 
-def train(
-    family: str, run: Path, plan: Plan, save_minutes: float, sheet_minutes: float, compiled: bool
-) -> None:
+def train(family: str, run: Path, plan: Plan, save_minutes: float, sheet_minutes: float) -> None:
     """Train until plan.steps, with checkpoints and sample sheets on the way."""
     torch.manual_seed(plan.seed)
     data = emoji.Latents(run / "data", family, plan.size)
     pipe = new_pipeline(family, run)
     if (run / "text.pt").is_file():
         trainable(pipe).load_state_dict(torch.load(run / "text.pt"), strict=False)
-    trainer = Trainer(pipe, plan, compiled)
+    trainer = Trainer(pipe, plan)
     checkpoint = run / "checkpoint.pt"
     if checkpoint.is_file():
         trainer.load(torch.load(checkpoint, map_location="cpu"))
@@ -953,7 +950,6 @@ def main() -> None:
         sub.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     sub.add_argument("--save-minutes", type=float, default=3)
     sub.add_argument("--sheet-minutes", type=float, default=10)
-    sub.add_argument("--compile", action="store_true", help="torch.compile: a fifth faster")
 
     sub = command("export", "write a model in the official folder layout")
     sub.add_argument("--out", type=Path, required=True)
@@ -976,7 +972,7 @@ def main() -> None:
         train_text(args.family, args.run, args.steps, args.batch)
     elif args.command == "train":
         plan = Plan(**{name: getattr(args, name) for name in asdict(Plan())})
-        train(args.family, args.run, plan, args.save_minutes, args.sheet_minutes, args.compile)
+        train(args.family, args.run, plan, args.save_minutes, args.sheet_minutes)
     elif args.command == "export":
         scheduler = SchedulerConfig(
             shift=args.shift,

@@ -44,6 +44,21 @@ def test_sample_writes_pictures_and_says_what_they_cost(run, tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cat-0.png", "cat-1.png", "map.png"]
 
 
+def test_sample_draws_with_a_next_dit(run, tmp_path, capsys):
+    run(
+        "sample",
+        "a cat",
+        "--model",
+        str(GOLDENS / "pipe_lumina"),
+        "--size",
+        "48x32",
+        "--steps",
+        "4",
+    )
+    assert Image.open(tmp_path / "sample.png").size == (48, 32)
+    assert "token-steps (" in capsys.readouterr().out
+
+
 def test_sample_without_ras_is_dense(run, capsys):
     run("sample", *TINY, "--steps", "2", "--ras", "off")
     assert "cost: 100 %" in capsys.readouterr().out

@@ -114,7 +114,7 @@ PLAN = train.Plan(size=64, steps=4, batch=4, warmup=2, cooldown=2)
 
 
 def trained(family: str, run: Path, plan: train.Plan) -> dict:
-    train.train(family, run, plan, save_minutes=60, sheet_minutes=60, compiled=False)
+    train.train(family, run, plan, save_minutes=60, sheet_minutes=60)
     return torch.load(run / "checkpoint.pt")
 
 
