@@ -27,9 +27,10 @@ def main() -> None:
     args = parse_args()
     for path in filter(None, (args.out, args.steps_map, args.gif)):
         check_writable(path)
+    preset = ras.RASConfig.preset(args.ras_preset)
+    configs = [preset.with_ratio(ratio) for ratio in args.ratios]
     pipe = minidit.load(args.model, device=args.device)
     steps = args.steps or pipe.scheduler.default_steps
-    preset = ras.RASConfig.preset(args.ras_preset)
 
     def draw(steps: int, config: ras.RASConfig | None) -> tuple[minidit.Output, float]:
         begin = time.perf_counter()
@@ -39,8 +40,8 @@ def main() -> None:
     dense, seconds = draw(steps, None)
     reference = dense.images[0]
     rows = [[labelled(reference, f"dense, {steps} steps\n100 %, {seconds:.1f} s")]]
-    for ratio in args.ratios:
-        out, seconds = draw(steps, preset.with_ratio(ratio))
+    for ratio, config in zip(args.ratios, configs, strict=True):
+        out, seconds = draw(steps, config)
         fewer = max(1, round(out.trace.share * steps))
         plain, plain_seconds = draw(fewer, None)
         texts = [

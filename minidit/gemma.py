@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidit.clip import check_ids
-from minidit.parts import attention, check_config
+from minidit.parts import attention, check_config, check_ids
 
 
 @dataclass(frozen=True)

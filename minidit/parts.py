@@ -1,6 +1,6 @@
-"""The few pieces that both diffusion transformers share, and their checks at the door.
+"""The few pieces that several networks share, and their checks at the door.
 
-B batch, N image tokens, K query tokens, H heads, G key-value heads,
+B batch, N image tokens, K query tokens, L text tokens, H heads, G key-value heads,
 D head width, C channels, P patch.
 """
 
@@ -94,3 +94,26 @@ def check_latents(
         )
     if not 1 <= active.shape[1] <= tokens:
         raise ValueError(f"active names {active.shape[1]} tokens, must be 1..{tokens}")
+
+
+def check_ids(
+    ids: Tensor, vocab_size: int, max_length: int | None = None, mask: Tensor | None = None
+) -> None:
+    """Raise ValueError unless ids are integers (B, L), 1 <= L <= max_length, below vocab_size.
+
+    The range is checked because a lookup out of range ends a CUDA process. A mask must be (B, L).
+    """
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"ids are {getattr(ids, 'dtype', type(ids))}, must be an int64 tensor")
+    if ids.ndim != 2 or not ids.numel():
+        raise ValueError(f"ids have shape {tuple(ids.shape)}, must be (batch, tokens), not empty")
+    if max_length is not None and ids.shape[1] > max_length:
+        raise ValueError(f"ids have {ids.shape[1]} tokens, must be at most {max_length}")
+    low, high = ids.aminmax()
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"ids are within {int(low)}..{int(high)}, must be within 0..{vocab_size - 1}"
+        )
+    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
+        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"mask is {got}, must be a tensor of the shape of ids {tuple(ids.shape)}")
