@@ -166,18 +166,18 @@ def sd3_networks(clip_vocab: int, t5_vocab: int) -> list[nn.Module]:
 
 
 def lumina_networks(gemma_vocab: int) -> list[nn.Module]:
-    """Next-DiT and Gemma in small: as many layers and tokens a step as our SD3."""
+    """Next-DiT and Gemma in small: as many layers as our SD3, wider, for it has one stream."""
     from minidit.nextdit import NextDiT, NextDiTConfig
 
-    width, text = 384, 256
+    width, text = 320, 256
     transformer = NextDiT(
         NextDiTConfig(
             sample_size=PIXELS // 8,
             patch_size=2,
-            in_channels=4,
+            in_channels=VAE.latent_channels,
             hidden_size=width,
             num_layers=6,
-            num_attention_heads=6,
+            num_attention_heads=4,
             num_kv_heads=2,
             multiple_of=64,
             ffn_dim_multiplier=None,
@@ -377,18 +377,17 @@ def to_pixels(images: np.ndarray) -> Tensor:
 # ---------------------------------------------------------------- autoencoder
 
 
-def vae_config(family: str) -> VAEConfig:
-    """The VAE of SD3 (16 channels) or of SDXL (4 channels, quant_conv), in small."""
-    sd3 = family == "sd3"
-    return VAEConfig(
-        latent_channels=16 if sd3 else 4,
-        block_out_channels=(32, 64, 96, 96),
-        norm_num_groups=8,
-        sample_size=PIXELS,
-        scaling_factor=1.0,
-        use_quant_conv=not sd3,
-        use_post_quant_conv=not sd3,
-    )
+# SD3's VAE in small. Our Lumina-Next has the same one instead of SDXL's, of 4 channels: it keeps more
+# of the picture, and one training run serves both families.
+VAE = VAEConfig(
+    latent_channels=16,
+    block_out_channels=(32, 64, 96, 96),
+    norm_num_groups=8,
+    sample_size=PIXELS,
+    scaling_factor=1.0,
+    use_quant_conv=False,
+    use_post_quant_conv=False,
+)
 
 
 def train_vae(
@@ -404,7 +403,7 @@ def train_vae(
     found = emoji.find_emoji(packages)
     pictures = [emoji.read(e, PIXELS) for e in found]
     torch.manual_seed(seed)
-    vae = AutoencoderKL(vae_config(family)).to(memory_format=torch.channels_last)
+    vae = AutoencoderKL(VAE).to(memory_format=torch.channels_last)
     if init is not None:
         given, state = load_component(init, "vae").state_dict(), vae.state_dict()
         state |= {n: t for n, t in given.items() if n in state and t.shape == state[n].shape}
@@ -813,7 +812,9 @@ def write_network(module: nn.Module, folder: Path) -> None:
     tensors: dict[str, Tensor] = {}
     for name, value in state.items():
         tensors |= write_out(value.contiguous().bfloat16(), plan[name])
-    write_json(folder / "config.json", OFFICIAL[kind] | asdict(module.config))
+    config = asdict(module.config) | OFFICIAL[kind]
+    config.pop("shared_query", None)  # ours: the loader reads it off the tensors
+    write_json(folder / "config.json", config)
     stem = "diffusion_pytorch_model" if kind in ("mmdit", "nextdit", "vae") else "model"
     tensors = {name: value.clone().contiguous() for name, value in tensors.items()}
     save_file(tensors, folder / f"{stem}.safetensors", metadata={"format": "pt"})

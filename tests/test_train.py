@@ -47,9 +47,9 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return modules
 
 
-def tiny_vae(family: str) -> VAEConfig:
-    full = FULL_VAE(family)
-    return replace(full, block_out_channels=(8, 8, 8, 8), norm_num_groups=4, latent_channels=4)
+TINY_VAE = replace(
+    train.VAE, block_out_channels=(8, 8, 8, 8), norm_num_groups=4, latent_channels=4
+)
 
 
 def tiny_sd3(clip_vocab: int, t5_vocab: int) -> list[torch.nn.Module]:
@@ -85,14 +85,11 @@ def tiny_lumina(gemma_vocab: int) -> list[torch.nn.Module]:
     return networks
 
 
-FULL_VAE = train.vae_config
-
-
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "sd3_networks", tiny_sd3)
     monkeypatch.setattr(train, "lumina_networks", tiny_lumina)
-    monkeypatch.setattr(train, "vae_config", tiny_vae)
+    monkeypatch.setattr(train, "VAE", TINY_VAE)
     monkeypatch.setattr(train, "PIECES", 340)
 
 
@@ -105,7 +102,7 @@ def family(request: pytest.FixtureRequest) -> str:
 def run(family: str, packages: Path, tmp_path: Path) -> Path:
     """A prepared run: VAE, tokenizers and latents at 64 pixels."""
     torch.manual_seed(0)
-    train.write_network(AutoencoderKL(tiny_vae(family)), tmp_path / "vae")
+    train.write_network(AutoencoderKL(TINY_VAE), tmp_path / "vae")
     train.prepare(family, tmp_path, packages, [64], 17)
     return tmp_path
 
