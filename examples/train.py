@@ -377,7 +377,7 @@ def to_pixels(images: np.ndarray) -> Tensor:
 # ---------------------------------------------------------------- autoencoder
 
 
-# SD3's VAE in small. Our Lumina-Next has the same one instead of SDXL's, of 4 channels: it keeps more
+# SD3's VAE in small. Our Lumina-Next has the same one, not SDXL's of 4 channels: it keeps more
 # of the picture, and one training run serves both families.
 VAE = VAEConfig(
     latent_channels=16,

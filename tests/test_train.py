@@ -20,7 +20,7 @@ from minidit.mmdit import MMDiT, MMDiTConfig
 from minidit.nextdit import NextDiT, NextDiTConfig
 from minidit.t5 import T5Config, T5Encoder
 from minidit.tokenizers import CLIPTokenizer, T5Tokenizer
-from minidit.vae import AutoencoderKL, VAEConfig
+from minidit.vae import AutoencoderKL
 from weights.load import load_component
 
 NAMES = {
@@ -47,9 +47,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return modules
 
 
-TINY_VAE = replace(
-    train.VAE, block_out_channels=(8, 8, 8, 8), norm_num_groups=4, latent_channels=4
-)
+TINY_VAE = replace(train.VAE, block_out_channels=(8, 8, 8, 8), norm_num_groups=4, latent_channels=4)
 
 
 def tiny_sd3(clip_vocab: int, t5_vocab: int) -> list[torch.nn.Module]:
