@@ -107,17 +107,19 @@ def denoise(
     grid = (height // patch, width // patch)
     plan = make_plan(ras, steps, grid[0] * grid[1]) if ras else ()
     trace = Trace(grid) if ras else None
-    kv = KVCache()
+    kv = KVCache(extrapolate=ras is not None and ras.cache == "extrapolate")
+    ahead = 2 if kv.extrapolate else 1  # dense steps as long as this before a regional one are kept
     history = kept = chosen = None
     try:
         for i in tqdm(range(steps), disable=not progress, desc="denoising", unit="step"):
             region: dict[str, Any] = {}
             if plan:
-                step, following = plan[i], plan[min(i + 1, steps - 1)]
+                step = plan[i]
                 if step.select:  # who is active now, and what the others will reuse
                     chosen, kept = select(ras, history, step.active, steps), history  # (B, K)
-                if step.regional or following.regional:
+                if any(s.regional for s in plan[i : i + 1 + ahead]):
                     region = {"active": chosen if step.regional else None, "cache": kv}
+                    kv.sigma = sigmas[i]
             velocity = guided_velocity(model, latents, sigmas[i], cond, guidance, **region)
             active = region.get("active")
             if plan:

@@ -14,16 +14,26 @@ from torch import Tensor
 
 from ras.tokens import mask_of, put_
 
+Stored = tuple[Tensor, Tensor, Tensor | float]  # keys, values, their noise level
+
 
 class KVCache:
     """Keys and values of every attention layer (RAS, section 3.4): `write`, `clear`, `nbytes`.
 
-    A dense step leaves its keys and values here as they are, without a copy; a regional step
-    overwrites the rows that it computed, in place, and attends to all of them.
+    A dense step leaves its keys and values here as they are, without a copy. A regional step
+    attends to all of them, its own rows fresh. What it sees in the rows of stale tokens:
+
+    extrapolate False  the keys and values of the last time that they were computed; a regional step
+                       overwrites its rows in place
+    extrapolate True   a line in sigma through the last two dense steps; a regional step leaves what
+                       is stored as it is. `sigma` has to be set before every step
     """
 
-    def __init__(self) -> None:
-        self._layers: dict[Hashable, tuple[Tensor, Tensor]] = {}
+    def __init__(self, extrapolate: bool = False) -> None:
+        self.extrapolate = extrapolate
+        self.sigma: Tensor | float = 0.0  # noise level of the step that writes
+        self._layers: dict[Hashable, Stored] = {}
+        self._prior: dict[Hashable, Stored] = {}  # of the dense step before, to extrapolate
 
     def write(
         self, layer: Hashable, k: Tensor, v: Tensor, rows: Tensor | None
@@ -31,30 +41,43 @@ class KVCache:
         """Store fresh k, v and return the full keys and values to attend to.
 
         rows None: k, v (B, S, H, D) are all of them. Otherwise k, v (B, K, H, D) belong to these
-        rows (B, K), flat as from `tokens.flat_rows`; all other rows stay as they were.
+        rows (B, K), flat as from `tokens.flat_rows`; all other rows are reused.
         Raises ValueError where rows are given but the layer was never written in full.
         """
         if rows is None:
+            if self.extrapolate:
+                self._prior[layer] = self._layers.get(layer)
             # contiguous: a slice of a fused projection would keep the whole projection alive
-            self._layers[layer] = k.contiguous(), v.contiguous()
-        elif layer not in self._layers:
+            self._layers[layer] = k.contiguous(), v.contiguous(), self.sigma
+            return self[layer]
+        if layer not in self._layers:
             raise ValueError(
                 f"the cache has no keys and values of layer {layer!r} yet: run a dense step "
                 "(active=None) with this cache before a regional one"
             )
-        else:
-            full_k, full_v = self._layers[layer]
-            if len(k) != len(full_k):
-                raise ValueError(
-                    f"the cache was filled with a batch of {len(full_k)}, got a batch of {len(k)}"
-                )
-            put_(full_k, rows, k)
-            put_(full_v, rows, v)
-        return self._layers[layer]
+        full_k, full_v = self._ahead(layer) if self.extrapolate else self[layer]
+        if len(k) != len(full_k):
+            raise ValueError(
+                f"the cache was filled with a batch of {len(full_k)}, got a batch of {len(k)}"
+            )
+        put_(full_k, rows, k)
+        put_(full_v, rows, v)
+        return full_k, full_v
+
+    def _ahead(self, layer: Hashable) -> tuple[Tensor, Tensor]:
+        """New keys and values on the line through the last two dense steps, at `sigma`; those of
+        the last one where there is no step before it."""
+        k, v, last = self._layers[layer]
+        if self._prior[layer] is None:
+            return k.clone(), v.clone()
+        prior_k, prior_v, prior = self._prior[layer]
+        weight = (self.sigma - prior) / (last - prior)  # above 1: beyond the last step
+        return _line(prior_k, k, weight), _line(prior_v, v, weight)
 
     def __getitem__(self, layer: Hashable) -> tuple[Tensor, Tensor]:
         """The stored keys and values of a layer, (B, S, H, D) each."""
-        return self._layers[layer]
+        k, v, _ = self._layers[layer]
+        return k, v
 
     def __iter__(self):
         return iter(self._layers)
@@ -62,11 +85,18 @@ class KVCache:
     def clear(self) -> None:
         """Forget everything and free the memory."""
         self._layers.clear()
+        self._prior.clear()
 
     @property
     def nbytes(self) -> int:
         """Bytes held by all layers."""
-        return sum(k.nbytes + v.nbytes for k, v in self._layers.values())
+        stored = [*self._layers.values(), *(s for s in self._prior.values() if s is not None)]
+        return sum(k.nbytes + v.nbytes for k, v, _ in stored)
+
+
+def _line(start: Tensor, end: Tensor, weight: Tensor | float) -> Tensor:
+    """start + weight * (end - start), in the dtype of both."""
+    return torch.lerp(start, end, torch.as_tensor(weight, dtype=start.dtype, device=start.device))
 
 
 @dataclass(frozen=True)

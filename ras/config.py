@@ -19,7 +19,8 @@ class RASConfig:
                 mean staying `ratio`; 0 keeps it constant
     start       dense steps at the beginning: a number of at least 1, or a share in (0, 1) of the
                 run
-    end         last step that may be regional, None for the last of the run; later ones are dense
+    end         last step that may be regional: its index, or a share in (0, 1) of the run that it
+                ends, None for the last of the run; later ones are dense
     refresh     dense steps in between: their indices, or a number or a share in (0, 1) of the steps
                 start..end to spread evenly over them (fewer where the range is too short for it)
     score       a name in ras.SCORES: what the velocity says of a token
@@ -31,6 +32,9 @@ class RASConfig:
                 as in the paper
     max_stale   no token stays stale for more than this many steps in a row; None for no bound
     reuse       a name in ras.REUSE: the velocity of stale tokens
+    cache       "hold": stale tokens are attended to by the keys and values of the last time that
+                they were computed (section 3.4 of the paper); "extrapolate": by a line in sigma
+                through those of the last two dense steps, at twice the memory
     seed        of score="random"
     official    settings of microsoft/RAS, made by `RASConfig.upstream(...)`: they reproduce it
                 exactly and replace all of the above
@@ -41,7 +45,7 @@ class RASConfig:
     ratio: float = 0.1
     fall: float = 0.0
     start: int | float = 0.2
-    end: int | None = None
+    end: int | float | None = None
     refresh: int | float | tuple[int, ...] = 0.5
     score: str = "drift"
     prefer: str = "high"
@@ -49,6 +53,7 @@ class RASConfig:
     starved_by: str = "age"
     max_stale: int | None = None
     reuse: str = "extrapolate"
+    cache: str = "hold"
     seed: int = 0
     official: Upstream | None = None
 
@@ -66,12 +71,15 @@ class RASConfig:
                 f"fall is {self.fall} around a ratio of {self.ratio}, "
                 f"which spans {low:g} to {high:g}; must stay in (0, 1]"
             )
-        shares = [x for x in (self.start, self.refresh) if isinstance(x, float) and 0 < x < 1]
+        shares = [
+            x for x in (self.start, self.end, self.refresh) if isinstance(x, float) and 0 < x < 1
+        ]
         least = "a number of steps of at least 1, or a share in (0, 1)"
         require((_is_int(self.start) and self.start >= 1) or self.start in shares, "start", least)
         first = self.start if _is_int(self.start) else 1
-        require(self.end is None or _is_int(self.end), "end", "None or an integer")
-        if self.end is not None and self.end < first:
+        ok = self.end is None or _is_int(self.end) or self.end in shares
+        require(ok, "end", "None, a step number, or a share in (0, 1)")
+        if _is_int(self.end) and self.end < first:
             raise ValueError(f"end is {self.end}, must be at least start = {first}")
         if isinstance(self.refresh, list):
             object.__setattr__(self, "refresh", tuple(self.refresh))
@@ -88,6 +96,7 @@ class RASConfig:
         bound = self.max_stale
         require(bound is None or (_is_int(bound) and bound >= 1), "max_stale", "None or at least 1")
         require(self.reuse in REUSE, "reuse", f"one of {', '.join(REUSE)}")
+        require(self.cache in ("hold", "extrapolate"), "cache", "'hold' or 'extrapolate'")
         require(_is_int(self.seed), "seed", "an integer")
 
     @classmethod
@@ -125,8 +134,9 @@ def _is_number(value: object) -> bool:
 
 
 PRESETS = {
-    # What measures best on the embedded models (docs/ras.md).
-    "default": RASConfig(),
+    # What measures best on the embedded models (docs/ras.md): the last steps are long in sigma,
+    # which makes stale velocities dear, so they are dense.
+    "default": RASConfig(ratio=0.05, start=0.12, end=0.85, cache="extrapolate"),
     # The paper as written: low std is active (3.3), D counts drops and lets long-stale tokens
     # recover (3.4), first 4 of 28 steps dense, refresh at 12 and 20 of 30 (3.5). Neither k nor how
     # far the ratio falls is given.

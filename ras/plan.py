@@ -26,6 +26,8 @@ def plan(config: RASConfig, steps: int, tokens: int) -> tuple[Step, ...]:
             f"start is {config.start}, must leave a regional step of the {steps} in the run"
         )
     end = steps - 1 if config.end is None else config.end
+    if isinstance(end, float):
+        end = max(start, round(end * steps) - 1)
     if not start <= end < steps:
         raise ValueError(f"end is {end}, must be within {start}..{steps - 1} in this run")
     refresh = refresh_steps(config.refresh, start, end)

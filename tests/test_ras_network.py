@@ -133,6 +133,36 @@ def test_a_regional_step_updates_the_cache_in_place_and_copies_nothing(family):
     assert cache.nbytes == 0
 
 
+@given(st.floats(0.01, 0.99), st.floats(0.01, 0.99), st.floats(0.01, 0.99))
+def test_keys_linear_in_sigma_are_extrapolated_exactly(first, second, sigma):
+    if abs(first - second) < 0.01:
+        second = first + 0.1
+    generator = torch.Generator().manual_seed(0)
+    slope, offset, fresh = (torch.randn(2, 5, 1, 3, generator=generator) for _ in range(3))
+    cache = KVCache(extrapolate=True)
+    for cache.sigma in (first, second):
+        cache.write(0, offset + cache.sigma * slope, offset - cache.sigma * slope, None)
+    stored = [x.clone() for x in cache[0]]
+    cache.sigma, rows = sigma, flat_rows(torch.tensor([[1], [4]]), 5)
+    k, v = cache.write(0, fresh[:, :1], fresh[:, 1:2], rows)
+    expected_k, expected_v = offset + sigma * slope, offset - sigma * slope
+    for b, row in enumerate((1, 4)):
+        expected_k[b, row], expected_v[b, row] = fresh[b, 0], fresh[b, 1]
+    assert torch.allclose(k, expected_k, atol=1e-3) and torch.allclose(v, expected_v, atol=1e-3)
+    assert all(x.equal(y) for x, y in zip(cache[0], stored, strict=True))  # kept for the next step
+
+
+def test_with_one_dense_step_the_extrapolated_cache_is_the_held_one(family):
+    model, cond, active = tiny_model(family), conditioning(family, 1), torch.tensor([[1, 2]])
+    drawn = []
+    for extrapolate in (False, True):
+        cache = KVCache(extrapolate)
+        for cache.sigma, rows in ((0.9, None), (0.5, active)):
+            out = model(noise(1, 8, 8), cache.sigma, **cond, active=rows, cache=cache)
+        drawn.append(out)
+    assert drawn[0].equal(drawn[1])
+
+
 def test_no_state_stays_on_the_module(family):
     model, cond, cache = tiny_model(family), conditioning(family, 1), KVCache()
     before = {name: vars(module).copy() for name, module in model.named_modules()}

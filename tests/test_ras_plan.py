@@ -96,6 +96,8 @@ def test_a_plan_is_the_same_for_every_call_and_prints():
         ({"starved_by": "hunger"}, "starved_by is 'hunger'"),
         ({"max_stale": 0}, "max_stale is 0"),
         ({"reuse": "forget"}, "reuse is 'forget'"),
+        ({"cache": "drop"}, "cache is 'drop', must be 'hold' or 'extrapolate'"),
+        ({"end": 1.5}, "end is 1.5, must be None, a step number, or a share in (0, 1)"),
         ({"seed": 0.5}, "seed is 0.5"),
     ],
 )
@@ -103,6 +105,12 @@ def test_impossible_settings_are_named(settings, sentence):
     with pytest.raises(ValueError) as error:
         RASConfig(**settings)
     assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(("steps", "last"), [(20, 16), (28, 23), (50, 41)])
+def test_a_share_as_end_keeps_the_rest_of_the_run_dense(steps, last):
+    done = plan(RASConfig(start=2, end=0.85, refresh=0), steps, 64)
+    assert [i for i, step in enumerate(done) if step.regional] == list(range(2, last + 1))
 
 
 @pytest.mark.parametrize(

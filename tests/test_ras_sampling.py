@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -125,6 +126,18 @@ def test_caches_are_freed_when_a_run_ends_normally_or_not(family):
     assert error.traceback and held() == 0  # even while the traceback keeps the frames alive
     sample(family, REGIONAL)
     assert held() == 0
+
+
+def test_an_extrapolated_cache_is_given_two_dense_steps_and_freed(family):
+    sizes = []
+
+    def callback(step, *_):
+        sizes.append(sum(x.nbytes for x in gc.get_objects() if type(x) is KVCache))
+
+    sample(family, replace(REGIONAL, start=3, cache="extrapolate"), callback=callback)
+    assert sizes[0] == 0 and 0 < 2 * sizes[1] == sizes[2] == max(sizes)
+    gc.collect()
+    assert sum(x.nbytes for x in gc.get_objects() if type(x) is KVCache) == 0
 
 
 def test_two_interleaved_runs_do_not_touch_each_other(family):
