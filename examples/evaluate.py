@@ -1,12 +1,14 @@
 """What RAS costs and how far it is from the dense picture: many prompts and seeds, one table.
 
-    python examples/evaluate.py --seeds 4 --out runs/evaluate.jsonl
-    python examples/evaluate.py --settings default paper dense --seeds 16 --steps 28
+    python examples/evaluate.py --seeds 8 --steps 28 --plot docs/evaluate.png
+    python examples/evaluate.py --model mini-lumina --settings default paper --seeds 2
+    torchrun --nproc-per-node 4 examples/evaluate.py --device cuda ...   # seeds shared out
 
-Every picture is drawn from the same noise as its dense reference. One line a picture goes into the
-file as soon as it is measured; a run that was interrupted goes on where it stopped, and the table
-is made from the file. SNR compares final latents, PSNR pictures, both in decibels, mean and 95 %
-interval over all prompts and seeds.
+Every picture is drawn from the same noise as two references: the same sampler dense, and the flow's
+equation solved with many second-order steps ("ODE"). One line a picture goes into the file as soon
+as it is measured; a run that was interrupted goes on where it stopped, and the table is made from
+the files, so that it does not depend on the number of processes. SNR compares final latents, PSNR
+and SSIM pictures; mean and 95 % interval over all prompts and seeds.
 """
 
 from __future__ import annotations
@@ -14,16 +16,20 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import re
 import sys
-from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 
+import numpy as np
+import torch
 from compare import psnr
 
 import minidit
+from minidit import flow_sigmas
 from ras import RASConfig
 
 PROMPTS = (
@@ -36,29 +42,19 @@ PROMPTS = (
     "smiling face with sunglasses on a navy blue background",
     "penguin on a red background",
 )
-# the common frame of the paper's and the official settings: 4 dense steps, 2 refreshes, half active
-FRAME = RASConfig(
-    ratio=0.5, start=4, refresh=2, score="std", prefer="low", starvation=0.1, starved_by="skips",
-    reuse="hold",
-)  # fmt: skip
-Setting = Callable[[int], RASConfig | int]  # of the number of steps: a config, or fewer dense steps
-SETTINGS: dict[str, Setting] = {
-    "default": lambda steps: RASConfig(),
-    "default, held": lambda steps: RASConfig(reuse="hold"),
-    "paper": lambda steps: RASConfig.preset("paper"),
-    "upstream": lambda steps: upstream(steps),
-    "upstream, SD3 script": lambda steps: upstream(steps, high_ratio=0.3),
-    "upstream, sign mended": lambda steps: FRAME,
-    "random": lambda steps: replace(FRAME, score="random", starvation=0.0),
-    "drift": lambda steps: replace(FRAME, score="drift", prefer="high", starvation=0.0),
-    "drift, extrapolated": lambda steps: replace(
-        FRAME, score="drift", prefer="high", starvation=0.0, reuse="extrapolate"
-    ),
-    # one active token a regional step: as good as skipping the step
-    "whole steps skipped, held": lambda steps: replace(FRAME, ratio=1e-6, refresh=steps),
-    "whole steps skipped": lambda steps: RASConfig(ratio=1e-6, start=4, refresh=steps),
-    "dense, 61 % of the steps": lambda steps: round(0.61 * steps),
-}
+ODE_STEPS = 64
+
+
+# ---------------------------------------------------------------- settings
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How to draw: with RAS or without, with a share of the steps, with a wrapped network."""
+
+    ras: Callable[[int], RASConfig] | None = None  # of the number of steps
+    steps: float = 1.0
+    wrap: Callable[..., torch.nn.Module] | None = None  # of the network and the noise levels
 
 
 def upstream(steps: int, **more: float) -> RASConfig:
@@ -67,72 +63,260 @@ def upstream(steps: int, **more: float) -> RASConfig:
     return RASConfig.upstream(scheduler_end_step=steps, error_reset_steps=resets, **more)
 
 
-def main() -> None:
-    args = parse_args()
-    done = read(args.out)
-    pipe = minidit.load(args.model, device=args.device)
-    steps = args.steps or pipe.scheduler.default_steps
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("a") as file:
-        for seed in range(args.seeds):
-            for prompt in args.prompts:
-                missing = [s for s in args.settings if (s, prompt, seed, steps) not in done]
-                if not missing:
-                    continue
-                dense = pipe(prompt, steps=steps, seed=seed)
-                for name in missing:
-                    row = measure(pipe, name, prompt, seed, steps, dense)
-                    done[name, prompt, seed, steps] = row
-                    print(json.dumps(row), file=file, flush=True)
-                    print(f"{name}, {prompt!r}, seed {seed}: {row['snr']:.1f} dB", file=sys.stderr)
-    print(table(done, args.settings, steps))
+class Multistep(torch.nn.Module):
+    """A network whose Euler steps are second-order Adams-Bashforth steps of the one it wraps.
+
+    v + (v - prior) * h / (2 * prior_h); guidance is linear in v, so that it may come after.
+    """
+
+    def __init__(self, network: torch.nn.Module, sigmas: torch.Tensor) -> None:
+        super().__init__()
+        self.network, self.config = network, network.config
+        self.guided_channels = getattr(network, "guided_channels", None)
+        self.lengths = sigmas.diff().tolist()
+        self.step, self.prior = 0, None
+
+    def forward(self, latents: torch.Tensor, sigma: torch.Tensor, **cond) -> torch.Tensor:
+        velocity = self.network(latents, sigma, **cond)
+        prior, self.prior = self.prior, velocity
+        self.step += 1
+        if prior is None:
+            return velocity
+        ratio = self.lengths[self.step - 1] / self.lengths[self.step - 2]
+        return velocity + (velocity - prior) * ratio / 2
 
 
-def measure(pipe, name: str, prompt: str, seed: int, steps: int, dense: minidit.Output) -> dict:
-    """One picture under one setting, compared with its dense reference."""
-    setting = SETTINGS[name](steps)
-    if isinstance(setting, int):
-        out, cost = pipe(prompt, steps=setting, seed=seed), setting / steps
-    else:
-        out = pipe(prompt, steps=steps, seed=seed, ras=setting)
-        cost = out.trace.share
-    error = (out.latents - dense.latents).square().mean().item()
-    signal = dense.latents.square().mean().item()
-    return {
-        "setting": name, "prompt": prompt, "seed": seed, "steps": steps, "cost": cost,
-        "snr": 10 * math.log10(signal / max(error, 1e-20)),
-        "psnr": min(99.0, psnr(out.images[0], dense.images[0])),
-    }  # fmt: skip
+class NoCache(torch.nn.Module):
+    """A network whose regional steps see the active tokens and the text alone."""
+
+    def __init__(self, network: torch.nn.Module, sigmas: torch.Tensor) -> None:
+        super().__init__()
+        self.network, self.config = network, network.config
+        self.guided_channels = getattr(network, "guided_channels", None)
+
+    def forward(self, *args, cache=None, **kwargs) -> torch.Tensor:
+        return self.network(*args, cache=None if cache is None else self, **kwargs)
+
+    def write(self, layer, k, v, rows):
+        return k, v
+
+
+DEFAULT, PAPER = RASConfig.preset("default"), RASConfig.preset("paper")
+# the common frame of the paper's and the official settings: 4 dense steps, 2 refreshes, half active
+FRAME = RASConfig(
+    ratio=0.5, start=4, refresh=2, score="std", prefer="low", starvation=0.1, starved_by="skips",
+    reuse="hold",
+)  # fmt: skip
+SKIP = 1e-6  # one active token a regional step: as good as skipping the step
+
+
+def fixed(config: RASConfig, **changes) -> Setting:
+    return Setting(lambda steps: replace(config, **changes))
+
+
+def every(n: int) -> Setting:
+    """Every n-th step dense, the others skipped whole and extrapolated."""
+    return Setting(
+        lambda steps: replace(
+            DEFAULT, ratio=SKIP, start=1, end=None, refresh=(*range(n, steps, n),)
+        )
+    )
+
+
+SETTINGS: dict[str, Setting] = {
+    "default": fixed(DEFAULT),
+    "default, 25 % active": fixed(DEFAULT, ratio=0.25),
+    "default, its steps skipped whole": fixed(DEFAULT, ratio=SKIP),
+    "default, keys held": fixed(DEFAULT, cache="hold"),
+    "default, velocity held": fixed(DEFAULT, reuse="hold"),
+    "default, random tokens": fixed(DEFAULT, score="random"),
+    "every other step skipped": fixed(DEFAULT, ratio=SKIP, start=4, end=None),
+    "every other step skipped, held": fixed(
+        DEFAULT, ratio=SKIP, start=4, end=None, reuse="hold", cache="hold"
+    ),
+    "dense, fewer steps": Setting(steps=0.625),
+    "multistep, fewer steps": Setting(steps=0.625, wrap=Multistep),
+    "upstream": Setting(upstream),
+    "upstream, SD3 script": Setting(lambda steps: upstream(steps, high_ratio=0.3)),
+    "upstream, sign mended": fixed(FRAME),
+    "paper": fixed(PAPER),
+    "paper, ratio constant": fixed(PAPER, fall=0.0),
+    "paper, random tokens": fixed(PAPER, score="random", starvation=0.0),
+    "paper, no refresh": fixed(PAPER, refresh=0),
+    "paper, early refresh": Setting(
+        lambda steps: replace(PAPER, refresh=(round(steps * 0.29), round(steps * 0.43)))
+    ),
+    "paper, late refresh": Setting(
+        lambda steps: replace(PAPER, refresh=(round(steps * 0.71), round(steps * 0.86)))
+    ),
+    "paper, no starvation": fixed(PAPER, starvation=0.0),
+    "paper, no cache": Setting(lambda steps: PAPER, wrap=NoCache),
+    "paper's frame, drift": fixed(FRAME, score="drift", prefer="high", starvation=0.0),
+    "a quarter of the steps dense": every(4),
+    "dense, a quarter of the steps": Setting(steps=0.25),
+    "multistep, a quarter of the steps": Setting(steps=0.25, wrap=Multistep),
+    "multistep": Setting(wrap=Multistep),
+    "dense": Setting(),
+}
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def draw(pipe, setting: Setting, prompts: list[str], seed: int, steps: int) -> minidit.Output:
+    """The pictures of a setting, one a prompt, all from the noise of the seed."""
+    count = max(1, round(setting.steps * steps))
+    if setting.wrap is not None:
+        network = setting.wrap(pipe.transformer, flow_sigmas(count, pipe.scheduler.shift))
+        pipe = replace(pipe, transformer=network)
+    config = setting.ras(steps) if setting.ras else None
+    return pipe(prompts, steps=count, seed=seed, ras=config)
+
+
+def measure(
+    pipe, names: Sequence[str], prompts: list[str], seed: int, steps: int, images: Path | None
+) -> list[dict]:
+    """One row for every setting and prompt, compared with both references."""
+    rows = []
+    dense = draw(pipe, SETTINGS["dense"], prompts, seed, steps)
+    exact = draw(pipe, SETTINGS["multistep"], prompts, seed, ODE_STEPS)
+    for name in names:
+        setting = SETTINGS[name]
+        out = dense if name == "dense" else draw(pipe, setting, prompts, seed, steps)
+        cost = out.trace.share if out.trace else round(setting.steps * steps) / steps
+        for i, prompt in enumerate(prompts):
+            rows.append({
+                "setting": name, "prompt": prompt, "seed": seed, "steps": steps, "cost": cost,
+                "snr": snr(out.latents[i], dense.latents[i]),
+                "ode": snr(out.latents[i], exact.latents[i]),
+                "psnr": min(99.0, psnr(out.images[i], dense.images[i])),
+                "ssim": ssim(out.images[i], dense.images[i]),
+            })  # fmt: skip
+            if images is not None:
+                words = [re.sub(r"\W+", "-", text)[:80] for text in (name, prompt)]
+                (images / words[0]).mkdir(parents=True, exist_ok=True)
+                out.images[i].save(images / words[0] / f"{seed}-{words[1]}.png")
+    return rows
+
+
+def snr(latents: torch.Tensor, reference: torch.Tensor) -> float:
+    """Decibels, at most 99."""
+    error = (latents - reference).square().mean().item()
+    return min(99.0, 10 * math.log10(reference.square().mean().item() / max(error, 1e-20)))
+
+
+def ssim(image, reference) -> float:
+    """Structural similarity in [-1, 1]; not a number where scikit-image is not installed."""
+    try:
+        from skimage.metrics import structural_similarity
+    except ImportError:
+        return math.nan
+    pictures = (np.asarray(x) for x in (image, reference))
+    return float(structural_similarity(*pictures, channel_axis=2))
+
+
+# ---------------------------------------------------------------- files, table, plot
 
 
 def read(path: Path) -> dict[tuple, dict]:
-    """Finished rows by what they are of; a last line cut off by an interruption is dropped."""
+    """Finished rows of all processes by what they are of; a last line cut off by an interruption
+    is dropped."""
     done = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        done[row["setting"], row["prompt"], row["seed"], row["steps"]] = row
+    for part in sorted(path.parent.glob(f"{path.stem}*{path.suffix}")):
+        for line in part.read_text().splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            done[row["setting"], row["prompt"], row["seed"], row["steps"]] = row
     return done
 
 
-def table(done: dict[tuple, dict], settings: list[str], steps: int) -> str:
-    """Markdown: cost, SNR and PSNR of each setting, mean and 95 % interval."""
-    groups = defaultdict(list)
-    for row in done.values():
-        if row["steps"] == steps:
-            groups[row["setting"]].append(row)
-    lines = ["| setting | token-steps | SNR, dB | PSNR, dB | pictures |", "|---|---|---|---|---|"]
-    for name in settings:
-        rows = groups[name]
+def summary(rows: list[dict], key: str) -> tuple[float, float]:
+    """Mean and half the 95 % interval."""
+    values = [row[key] for row in sorted(rows, key=lambda row: (row["seed"], row["prompt"]))]
+    half = 1.96 * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return mean(values), half
+
+
+def table(groups: dict[str, list[dict]]) -> str:
+    """Markdown: cost and distances of each setting."""
+    columns = {"snr": "SNR, dB", "psnr": "PSNR, dB", "ssim": "SSIM", "ode": "SNR to ODE, dB"}
+    lines = [
+        " | ".join(["| setting", "token-steps", *columns.values(), "pictures |"]),
+        "|---" * (len(columns) + 3) + "|",
+    ]
+    for name, rows in groups.items():
         cells = [name, f"{mean(row['cost'] for row in rows):.0%}"]
-        for key in ("snr", "psnr"):
-            values = [row[key] for row in rows]
-            half = 1.96 * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-            cells.append(f"{mean(values):.1f} ± {half:.1f}")
+        for key in columns:
+            digits = 3 if key == "ssim" else 1
+            cells.append(" ± ".join(f"{x:.{digits}f}" for x in summary(rows, key)))
         lines.append("| " + " | ".join([*cells, str(len(rows))]) + " |")
     return "\n".join(lines)
+
+
+def plot(groups: dict[str, list[dict]], path: Path) -> None:
+    """Cost against the distance to each reference, one mark a setting."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 6.5), layout="constrained")
+    for axes, key, title in zip(
+        figure.subplots(1, 2), ("snr", "ode"), ("the same sampler, dense", "the ODE"), strict=True
+    ):
+        for number, (name, rows) in enumerate(groups.items()):
+            if name == "dense" and key == "snr":
+                continue
+            value, half = summary(rows, key)
+            style = {"marker": "oXsDP^v"[number % 7], "color": f"C{number % 10}", "label": name}
+            axes.errorbar(100 * mean(row["cost"] for row in rows), value, half, ls="", **style)
+        axes.set(xlabel="token-steps, % of the dense run", ylabel="SNR of the final latents, dB")
+        axes.set_title(f"Distance to {title}")
+        axes.grid(alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right", fontsize=8)
+    figure.savefig(path, dpi=80)
+
+
+# ---------------------------------------------------------------- command line
+
+
+def main() -> None:
+    args = parse_args()
+    rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if world > 1:
+        torch.distributed.init_process_group("gloo")  # nothing but a barrier: no tensors are sent
+        if args.device == "cuda":
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    pipe = minidit.load(args.model, device=args.device)
+    steps = args.steps or pipe.scheduler.default_steps
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    done = read(args.out)
+    own = args.out if world == 1 else args.out.with_stem(f"{args.out.stem}.{rank}")
+    with own.open("a") as file:
+        file.write("\n" if own.stat().st_size else "")  # after a line that was cut off
+        for seed in range(rank, args.seeds, world):
+            for start in range(0, len(args.prompts), args.batch):
+                prompts = args.prompts[start : start + args.batch]
+                missing = [
+                    name for name in args.settings
+                    if any((name, p, seed, steps) not in done for p in prompts)
+                ]  # fmt: skip
+                if not missing:
+                    continue
+                for row in measure(pipe, missing, prompts, seed, steps, args.images):
+                    print(json.dumps(row), file=file, flush=True)
+                print(
+                    f"seed {seed}: {len(prompts)} prompts, {len(missing)} settings", file=sys.stderr
+                )
+    if world > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    if rank == 0:
+        wanted = {(p, seed, steps) for p in args.prompts for seed in range(args.seeds)}
+        rows = [row for key, row in read(args.out).items() if key[1:] in wanted]
+        groups = {name: [r for r in rows if r["setting"] == name] for name in args.settings}
+        print(table(groups))
+        if args.plot is not None:
+            plot(groups, args.plot)
 
 
 def parse_args() -> argparse.Namespace:
@@ -141,13 +325,20 @@ def parse_args() -> argparse.Namespace:
     add("--model", default="mini-sd3")
     add("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS), metavar="NAME")
     add("--prompts", nargs="+", default=list(PROMPTS))
+    add("--captions", type=Path, help="a text file with one prompt a line, instead of --prompts")
     add("--seeds", type=int, default=2)
     add("--steps", type=int)
+    add("--batch", type=int, default=8, help="prompts drawn at once")
     add("--device", default="cpu")
     add("--out", type=Path, default=Path("runs/evaluate.jsonl"))
+    add("--images", type=Path, help="folder for the pictures, one folder a setting")
+    add("--plot", type=Path, help="picture of the table, needs matplotlib")
     args = parser.parse_args()
-    if args.seeds < 1:
-        parser.error(f"--seeds is {args.seeds}, must be at least 1")
+    for name in ("seeds", "batch"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} is {getattr(args, name)}, must be at least 1")
+    if args.captions is not None:
+        args.prompts = [line for line in args.captions.read_text("utf-8").splitlines() if line]
     return args
 
 

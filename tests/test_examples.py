@@ -154,7 +154,7 @@ def test_evaluate_resumes_and_makes_the_same_table(run, tmp_path, capsys):
     run("evaluate", *args)
     table = capsys.readouterr().out
     rows = (tmp_path / "e.jsonl").read_text().splitlines()
-    assert len(rows) == 4 and "| default |" in table and table.count("±") == 4
+    assert len(rows) == 4 and "| default |" in table and table.count("±") == 8
     (tmp_path / "e.jsonl").write_text("\n".join(rows[:3]) + '\n{"setting": "def')
     run("evaluate", *args)
     assert capsys.readouterr().out == table
