@@ -205,12 +205,12 @@ def snr(latents: torch.Tensor, reference: torch.Tensor) -> float:
     return min(99.0, 10 * math.log10(reference.square().mean().item() / max(error, 1e-20)))
 
 
-def ssim(image, reference) -> float:
-    """Structural similarity in [-1, 1]; not a number where scikit-image is not installed."""
+def ssim(image, reference) -> float | None:
+    """Structural similarity in [-1, 1]; none where scikit-image is not installed."""
     try:
         from skimage.metrics import structural_similarity
     except ImportError:
-        return math.nan
+        return None
     pictures = (np.asarray(x) for x in (image, reference))
     return float(structural_similarity(*pictures, channel_axis=2))
 
@@ -233,10 +233,11 @@ def read(path: Path) -> dict[tuple, dict]:
 
 
 def summary(rows: list[dict], key: str) -> tuple[float, float]:
-    """Mean and half the 95 % interval."""
-    values = [row[key] for row in sorted(rows, key=lambda row: (row["seed"], row["prompt"]))]
+    """Mean and half the 95 % interval; not a number where too few were measured."""
+    rows = sorted(rows, key=lambda row: (row["seed"], row["prompt"]))
+    values = [row[key] for row in rows if row[key] is not None]
     half = 1.96 * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return mean(values), half
+    return mean(values) if values else math.nan, half
 
 
 def table(groups: dict[str, list[dict]]) -> str:

@@ -148,13 +148,55 @@ def test_heat_counts_regional_steps_only():
     assert trace.token_steps == 6 and trace.share == 6 / 9
 
 
+EVALUATE = ["--model", str(GOLDENS / "pipe_sd3"), "--prompts", "a cat", "--seeds", "2"]
+EVALUATE += ["--steps", "8", "--out", "e.jsonl", "--settings", "default", "paper", "dense"]
+
+
 def test_evaluate_resumes_and_makes_the_same_table(run, tmp_path, capsys):
-    args = ["--model", str(GOLDENS / "pipe_sd3"), "--prompts", "a cat", "--seeds", "2"]
-    args += ["--steps", "8", "--out", "e.jsonl", "--settings", "default", "paper"]
-    run("evaluate", *args)
+    run("evaluate", *EVALUATE, "--plot", "e.png", "--images", "pictures")
     table = capsys.readouterr().out
     rows = (tmp_path / "e.jsonl").read_text().splitlines()
-    assert len(rows) == 4 and "| default |" in table and table.count("±") == 8
+    assert len(rows) == 6 and "| default |" in table and table.count("±") == 12
+    assert "| dense | 100% | 99.0 ± 0.0 | 99.0 ± 0.0 | 1.000 ± 0.000 |" in table
+    assert Image.open(tmp_path / "e.png").width > 600
+    assert len(list((tmp_path / "pictures").glob("*/*.png"))) == 6
     (tmp_path / "e.jsonl").write_text("\n".join(rows[:3]) + '\n{"setting": "def')
-    run("evaluate", *args)
+    run("evaluate", *EVALUATE)
     assert capsys.readouterr().out == table
+
+
+def test_evaluate_without_scikit_image_leaves_out_ssim(run, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "skimage.metrics", None)
+    run("evaluate", *EVALUATE)
+    assert "| 99.0 ± 0.0 | nan ± nan |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_evaluate_makes_the_same_table_with_two_processes(run, tmp_path, capsys):
+    run("evaluate", *EVALUATE)
+    table = capsys.readouterr().out
+    (tmp_path / "e.jsonl").unlink()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(EXAMPLES / "evaluate.py"), *EVALUATE]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == table
+    assert sorted(p.name for p in tmp_path.glob("e*.jsonl")) == ["e.0.jsonl", "e.1.jsonl"]
+
+
+def test_multistep_is_of_second_order(run):
+    """Halving the steps of a field with a known solution quarters the error, not halves it."""
+    evaluate = importlib.import_module("evaluate")
+
+    def error(steps: int) -> float:
+        field = torch.nn.Module()
+        field.config = field.guided_channels = None
+        field.forward = lambda x, sigma, **_: x * 2 * sigma.view(-1, 1, 1, 1)
+        sigmas = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+        solver = evaluate.Multistep(field, sigmas)
+        x = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+        for now, then in zip(sigmas[:-1], sigmas[1:], strict=True):
+            x = x + (then - now) * solver(x, now.view(1))
+        return abs(x.item() - torch.tensor(-1.0, dtype=torch.float64).exp().item())
+
+    assert 3.5 < error(40) / error(80) < 4.5
