@@ -16,11 +16,11 @@ import time
 from pathlib import Path
 
 import numpy as np
-from pictures import check_writable, heat_image, labelled, save, sheet, step_map
 from PIL import Image
 
 import minidit
 import ras
+from pictures import check_writable, heat_image, labelled, save, sheet, step_map
 
 
 def main() -> None:

@@ -26,9 +26,9 @@ from statistics import mean, stdev
 
 import numpy as np
 import torch
-from compare import psnr
 
 import minidit
+from compare import psnr
 from minidit import flow_sigmas
 from ras import RASConfig
 

@@ -14,10 +14,10 @@ import time
 from pathlib import Path
 
 import torch
-from pictures import active_map, check_writable, save
 
 import minidit
 import ras
+from pictures import active_map, check_writable, save
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

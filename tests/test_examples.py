@@ -21,7 +21,6 @@ TINY = ["a cat", "--model", str(GOLDENS / "pipe_sd3"), "--size", "48x32", "--gui
 @pytest.fixture
 def run(monkeypatch, tmp_path):
     """Run examples/NAME.py's main in this process, in an empty folder."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
     monkeypatch.chdir(tmp_path)
 
     def run(name: str, *args: str):

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import minidit
-from examples import emoji, train
+import train
 from minidit.clip import CLIPConfig, CLIPTextEncoder
 from minidit.gemma import GemmaConfig, GemmaEncoder
 from minidit.mmdit import MMDiT, MMDiTConfig
@@ -21,6 +21,7 @@ from minidit.nextdit import NextDiT, NextDiTConfig
 from minidit.t5 import T5Config, T5Encoder
 from minidit.tokenizers import CLIPTokenizer, T5Tokenizer
 from minidit.vae import AutoencoderKL
+from training import autoencoder, emoji, files, measuring, models, optim, vocabulary
 from weights.load import load_component
 
 NAMES = {
@@ -47,24 +48,29 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return modules
 
 
-TINY_VAE = replace(train.VAE, block_out_channels=(8, 8, 8, 8), norm_num_groups=4, latent_channels=4)
+TINY_VAE = replace(
+    models.VAE, block_out_channels=(8, 8, 8, 8), norm_num_groups=4, latent_channels=4
+)
+
+# the tiny vocabularies spell most words by letters
+pytestmark = pytest.mark.filterwarnings("ignore:prompt has")
 
 
 def tiny_sd3(clip_vocab: int, t5_vocab: int) -> list[torch.nn.Module]:
     clip = CLIPConfig(
         vocab_size=clip_vocab, hidden_size=8, intermediate_size=16, projection_dim=8,
-        num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=train.WINDOW,
+        num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=models.WINDOW,
         eos_token_id=clip_vocab - 1,
     )  # fmt: skip
     transformer = MMDiTConfig(
         sample_size=32, in_channels=4, out_channels=4, num_layers=2, num_attention_heads=2,
         attention_head_dim=8, joint_attention_dim=16, caption_projection_dim=16,
-        pooled_projection_dim=16, pos_embed_max_size=train.TABLE,
+        pooled_projection_dim=16, pos_embed_max_size=models.TABLE,
     )  # fmt: skip
     t5 = T5Config(vocab_size=t5_vocab, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     networks = [MMDiT(transformer), CLIPTextEncoder(clip), CLIPTextEncoder(clip), T5Encoder(t5)]
     for network in networks:
-        train.initialise(network)
+        models.initialise(network)
     return networks
 
 
@@ -79,16 +85,16 @@ def tiny_lumina(gemma_vocab: int) -> list[torch.nn.Module]:
     )  # fmt: skip
     networks = [NextDiT(transformer), GemmaEncoder(gemma)]
     for network in networks:
-        train.initialise(network)
+        models.initialise(network)
     return networks
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "sd3_networks", tiny_sd3)
-    monkeypatch.setattr(train, "lumina_networks", tiny_lumina)
-    monkeypatch.setattr(train, "VAE", TINY_VAE)
-    monkeypatch.setattr(train, "PIECES", 340)
+    monkeypatch.setattr(models, "sd3_networks", tiny_sd3)
+    monkeypatch.setattr(models, "lumina_networks", tiny_lumina)
+    monkeypatch.setattr(models, "VAE", TINY_VAE)
+    monkeypatch.setattr(vocabulary, "PIECES", 340)
 
 
 @pytest.fixture(params=["sd3", "lumina"])
@@ -100,15 +106,15 @@ def family(request: pytest.FixtureRequest) -> str:
 def run(family: str, packages: Path, tmp_path: Path) -> Path:
     """A prepared run: VAE, tokenizers and latents at 64 pixels."""
     torch.manual_seed(0)
-    train.write_network(AutoencoderKL(TINY_VAE), tmp_path / "vae")
-    train.prepare(family, tmp_path, packages, [64], 17)
+    files.write_network(AutoencoderKL(TINY_VAE), tmp_path / "vae")
+    autoencoder.prepare(family, tmp_path, packages, [64], 17)
     return tmp_path
 
 
-PLAN = train.Plan(size=64, steps=4, batch=4, warmup=2, cooldown=2)
+PLAN = optim.Plan(size=64, steps=4, batch=4, warmup=2, cooldown=2)
 
 
-def trained(family: str, run: Path, plan: train.Plan) -> dict:
+def trained(family: str, run: Path, plan: optim.Plan) -> dict:
     train.train(family, run, plan, save_minutes=60, sheet_minutes=60)
     return torch.load(run / "checkpoint.pt")
 
@@ -181,7 +187,7 @@ def test_every_name_has_one_colour_that_training_never_shows(family, run):
 def test_latents_are_those_of_the_vae(family, run, packages):
     data = emoji.Latents(run / "data", family, 64)
     images = emoji.compose(emoji.read(emoji.find_emoji(packages)[1], 64))
-    expected = train.encode_images(load_component(run, "vae"), images)
+    expected = autoencoder.encode_images(load_component(run, "vae"), images)
     stored = torch.from_numpy(data.array[1].astype(np.float32))
     torch.testing.assert_close(stored, expected[emoji.shown(1)], atol=2e-3, rtol=0)
 
@@ -196,7 +202,7 @@ def test_latents_that_are_not_there_name_the_command(tmp_path):
 
 def test_tokenizers_know_the_words_of_the_captions(packages, tmp_path):
     names = [e.name for e in emoji.find_emoji(packages)]
-    train.write_tokenizers("sd3", names, tmp_path)
+    vocabulary.write_tokenizers("sd3", names, tmp_path)
     clip = CLIPTokenizer.from_folder(tmp_path / "tokenizer_2")
     ids = clip.encode("Red apple on a sky blue background")
     assert len(ids) == 2 + 7  # every word is one token
@@ -208,7 +214,7 @@ def test_tokenizers_know_the_words_of_the_captions(packages, tmp_path):
 
 
 def test_bpe_joins_the_most_frequent_pair_first():
-    vocab, merges = train.train_bpe(["aab aab ab", "cd"], 3)
+    vocab, merges = vocabulary.train_bpe(["aab aab ab", "cd"], 3)
     assert merges[0] == ("a", "b</w>")  # 3 times; then aab twice, cd once
     assert merges[1:] == [("a", "ab</w>"), ("c", "d</w>")]
     assert len(vocab) == 512 + 3 + 2 and vocab["!"] == 0
@@ -220,7 +226,7 @@ def test_bpe_joins_the_most_frequent_pair_first():
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 64, 16), (2, 16, 64)])
 def test_newton_schulz_makes_singular_values_nearly_one(shape):
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    values = torch.linalg.svdvals(train.orthogonal(matrices).float())
+    values = torch.linalg.svdvals(optim.orthogonal(matrices).float())
     assert values.min() > 0.5 and values.max() < 1.3
 
 
@@ -233,24 +239,24 @@ def test_muon_treats_q_k_and_v_one_by_one():
     apart = [torch.nn.Parameter(part.clone()) for part in start.chunk(3)]
     for part, its_grad in zip(apart, grad.chunk(3), strict=True):
         part.grad = its_grad.clone()
-    train.Muon([("blocks.0.attn.qkv.weight", fused)]).step(0.1)
-    train.Muon([(f"blocks.0.attn.{x}.weight", p) for x, p in zip("qkv", apart, strict=True)]).step(
+    optim.Muon([("blocks.0.attn.qkv.weight", fused)]).step(0.1)
+    optim.Muon([(f"blocks.0.attn.{x}.weight", p) for x, p in zip("qkv", apart, strict=True)]).step(
         0.1
     )
     torch.testing.assert_close(fused.data, torch.cat([p.data for p in apart]))
     whole = torch.nn.Parameter(start.clone())
     whole.grad = grad.clone()
-    train.Muon([("blocks.0.mlp.fc1.weight", whole)]).step(0.1)
+    optim.Muon([("blocks.0.mlp.fc1.weight", whole)]).step(0.1)
     assert (whole - fused).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("family", ["sd3"], indirect=True)
 def test_positions_run_from_edge_to_edge_at_every_size(family, run):
-    pipe = train.new_pipeline("sd3", run)
+    pipe = models.new_pipeline("sd3", run)
     width, model = pipe.transformer.config.width, pipe.transformer
-    train.place(pipe, 256)
+    models.place(pipe, 256)
     fine = model._positions(torch.arange(256)[None], 16, 16).view(16, 16, width)
-    train.place(pipe, 128)
+    models.place(pipe, 128)
     coarse = model._positions(torch.arange(64)[None], 8, 8).view(8, 8, width)
     # sin(x) and cos(x) of the first rate, 1: the angle between neighbours is what x grows by
     quarter = width // 4
@@ -292,8 +298,8 @@ def test_text_encoders_learn_thumbnails_first_and_training_starts_from_them(fami
 def test_training_lowers_the_loss(family, run):
     torch.manual_seed(0)
     plan = replace(PLAN, steps=60, batch=16, cooldown=0, joint=1)
-    trainer = train.Trainer(train.new_pipeline(family, run), plan)
-    train.place(trainer.pipe, 64)
+    trainer = train.Trainer(models.new_pipeline(family, run), plan)
+    models.place(trainer.pipe, 64)
     data = emoji.Latents(run / "data", family, 64)
     losses = [trainer.step(data).item() for _ in range(60)]
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:3])
@@ -302,8 +308,8 @@ def test_training_lowers_the_loss(family, run):
 @pytest.mark.parametrize("joint", [0, 1])
 def test_every_parameter_that_is_run_is_trained(family, run, joint):
     torch.manual_seed(0)
-    trainer = train.Trainer(train.new_pipeline(family, run), replace(PLAN, joint=joint))
-    train.place(trainer.pipe, 64)
+    trainer = train.Trainer(models.new_pipeline(family, run), replace(PLAN, joint=joint))
+    models.place(trainer.pipe, 64)
     data = emoji.Latents(run / "data", family, 64)
     before = {n: p.detach().clone() for n, p in trainer.networks.named_parameters()}
     for _ in range(4):
@@ -318,8 +324,8 @@ def test_every_parameter_that_is_run_is_trained(family, run, joint):
 
 def test_export_loads_strictly_and_holds_the_averaged_weights(family, run, tmp_path):
     state = trained(family, run, PLAN)
-    scheduler = replace(train.SCHEDULER, default_steps=2, shift=2.5)
-    train.export(family, run, tmp_path / "out", scheduler)
+    scheduler = replace(models.SCHEDULER, default_steps=2, shift=2.5)
+    files.export(family, run, tmp_path / "out", scheduler)
     pipe = minidit.load(tmp_path / "out")
     assert pipe.scheduler == scheduler
     for name, value in pipe.transformer.state_dict().items():
@@ -332,26 +338,26 @@ def test_export_loads_strictly_and_holds_the_averaged_weights(family, run, tmp_p
 
 @pytest.mark.parametrize("steps,cooldown,expected", [(10, 0, 1.0), (10, 4, 0.5)])
 def test_learning_rate(steps, cooldown, expected):
-    plan = train.Plan(steps=steps, warmup=2, cooldown=cooldown)
+    plan = optim.Plan(steps=steps, warmup=2, cooldown=cooldown)
     assert plan.rate(0) == 0.5 and plan.rate(1) == 1.0
     assert plan.rate(8) == expected
 
 
 def test_autoencoder_resumes_bit_by_bit_and_scales_its_latents(family, packages, tmp_path):
     arguments = {"packages": packages, "batch": 2, "lr": 1e-3}
-    train.train_vae(family, tmp_path / "whole", steps=4, **arguments)
+    autoencoder.train_vae(family, tmp_path / "whole", steps=4, **arguments)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "save", stop_after(train.save, 2))
+        patch.setattr(autoencoder, "save", stop_after(autoencoder.save, 2))
         with pytest.raises(KeyboardInterrupt):
-            train.train_vae(family, tmp_path / "parts", steps=4, save_every=2, **arguments)
-    train.train_vae(family, tmp_path / "parts", steps=4, **arguments)
+            autoencoder.train_vae(family, tmp_path / "parts", steps=4, save_every=2, **arguments)
+    autoencoder.train_vae(family, tmp_path / "parts", steps=4, **arguments)
     whole, parts = (load_component(tmp_path / name, "vae") for name in ("whole", "parts"))
     for name, value in whole.state_dict().items():
         assert torch.equal(value, parts.state_dict()[name]), name
     images = emoji.crops(
         [emoji.read(e, 256) for e in emoji.find_emoji(packages)], 16, 256, random.Random(1)
     )
-    latents = train.encode_images(whole, images)
+    latents = autoencoder.encode_images(whole, images)
     assert 0.8 < latents.square().mean().sqrt() < 1.25
     assert (whole.config.shift_factor is None) == (family == "lumina")
 
@@ -371,11 +377,11 @@ def stop_after(save, steps):
 def test_frechet_distance_of_gaussians():
     rng = np.random.default_rng(0)
     sample = rng.normal(size=(500, 3))
-    assert train.frechet(sample, sample) == pytest.approx(0, abs=1e-9)
-    assert train.frechet(sample, sample + [1, 0, 2]) == pytest.approx(5, abs=1e-9)
+    assert measuring.frechet(sample, sample) == pytest.approx(0, abs=1e-9)
+    assert measuring.frechet(sample, sample + [1, 0, 2]) == pytest.approx(5, abs=1e-9)
     # the same Gaussian twice as wide: trace of (2 - 1)^2 times its covariance
     expected = np.trace(np.cov(sample, rowvar=False)) + np.square(sample.mean(0)).sum()
-    assert train.frechet(sample, 2 * sample) == pytest.approx(expected, rel=1e-6)
+    assert measuring.frechet(sample, 2 * sample) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("case", ["plain", "mask", "bias", "causal", "grouped"])
@@ -397,5 +403,5 @@ def test_plain_attention_is_torch_attention(case):
     }[case]
     attention = torch.nn.functional.scaled_dot_product_attention
     expected = attention(q, k, v, **options)
-    with train.PlainAttention():
+    with optim.PlainAttention():
         torch.testing.assert_close(attention(q, k, v, **options), expected)

@@ -1,0 +1,188 @@
+"""The two families in small, untrained: which networks, how they start, how they are driven.
+
+B batch, L text tokens.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minidit.clip import CLIPConfig, CLIPTextEncoder
+from minidit.flow import SchedulerConfig
+from minidit.gemma import GemmaConfig, GemmaEncoder
+from minidit.mmdit import MMDiT, MMDiTConfig
+from minidit.nextdit import NextDiT, NextDiTConfig
+from minidit.pipeline import LuminaPipeline, SD3Pipeline
+from minidit.t5 import T5Config, T5Encoder
+from minidit.vae import VAEConfig
+from weights.load import load_component
+
+PIXELS = 256  # the size that the models are made for
+WINDOW = 24  # text tokens of each tokenizer of SD3
+TABLE = 32  # side of SD3's position table, in tokens
+SCHEDULER = SchedulerConfig(shift=3.0, default_steps=24, default_guidance=4.0)
+
+# SD3's VAE in small. Our Lumina-Next has the same one, not SDXL's of 4 channels: it keeps more
+# of the picture, and one training run serves both families.
+VAE = VAEConfig(
+    latent_channels=16,
+    block_out_channels=(32, 64, 96, 96),
+    norm_num_groups=8,
+    sample_size=PIXELS,
+    scaling_factor=1.0,
+    use_quant_conv=False,
+    use_post_quant_conv=False,
+)
+
+
+def new_pipeline(family: str, run: Path) -> SD3Pipeline | LuminaPipeline:
+    """A pipeline of untrained networks with the run's tokenizers and VAE."""
+    device = torch.device("cpu")
+    vae = load_component(run, "vae")
+    tokenizer = load_component(run, "tokenizer")
+    if family == "sd3":
+        second, third = (load_component(run, f"tokenizer_{i}") for i in (2, 3))
+        transformer, clip, clip_2, t5 = sd3_networks(
+            len(tokenizer.vocab), third.model.get_piece_size()
+        )
+        return SD3Pipeline(
+            transformer, vae, SCHEDULER, clip, clip_2, tokenizer, second, t5, third, device
+        )
+    transformer, gemma = lumina_networks(tokenizer.model.get_piece_size())
+    return LuminaPipeline(transformer, vae, SCHEDULER, gemma, tokenizer, device)
+
+
+def sd3_networks(clip_vocab: int, t5_vocab: int) -> list[nn.Module]:
+    """MMDiT, CLIP, CLIP and T5 in small: 6 layers of 256 as SD3-medium would have with depth 4."""
+    width, clip_widths, t5_width = 256, (64, 96), 160
+    transformer = MMDiT(
+        MMDiTConfig(
+            sample_size=PIXELS // 8,
+            num_layers=6,
+            num_attention_heads=width // 64,
+            joint_attention_dim=t5_width,
+            caption_projection_dim=width,
+            pooled_projection_dim=sum(clip_widths),
+            pos_embed_max_size=TABLE,
+        )
+    )
+    clips = [
+        CLIPTextEncoder(
+            CLIPConfig(
+                vocab_size=clip_vocab,
+                hidden_size=size,
+                intermediate_size=4 * size,
+                projection_dim=size,
+                num_hidden_layers=2,
+                num_attention_heads=size // 32,
+                max_position_embeddings=WINDOW,
+                hidden_act=act,
+                eos_token_id=clip_vocab - 1,
+            )
+        )
+        for size, act in zip(clip_widths, ("quick_gelu", "gelu"), strict=True)
+    ]
+    t5 = T5Encoder(
+        T5Config(
+            vocab_size=t5_vocab, d_model=t5_width, d_kv=32, d_ff=320, num_layers=2, num_heads=5
+        )
+    )
+    networks = [transformer, *clips, t5]
+    for network in networks:
+        initialise(network)
+    return networks
+
+
+def lumina_networks(gemma_vocab: int) -> list[nn.Module]:
+    """Next-DiT and Gemma in small: as many layers as our SD3, wider, for it has one stream."""
+
+    width, text = 320, 256
+    transformer = NextDiT(
+        NextDiTConfig(
+            sample_size=PIXELS // 8,
+            patch_size=2,
+            in_channels=VAE.latent_channels,
+            hidden_size=width,
+            num_layers=6,
+            num_attention_heads=4,
+            num_kv_heads=2,
+            multiple_of=64,
+            ffn_dim_multiplier=None,
+            norm_eps=1e-5,
+            learn_sigma=True,
+            qk_norm=True,
+            cross_attention_dim=text,
+        )
+    )
+    gemma = GemmaEncoder(
+        GemmaConfig(
+            vocab_size=gemma_vocab,
+            hidden_size=text,
+            intermediate_size=384,
+            num_hidden_layers=3,  # the last one is never run
+            num_attention_heads=4,
+            num_key_value_heads=1,
+            head_dim=64,
+            max_position_embeddings=256,
+        )
+    )
+    networks = [transformer, gemma]
+    for network in networks:
+        initialise(network)
+    return networks
+
+
+def initialise(network: nn.Module) -> None:
+    """Xavier for matrices, zero for biases, gates and the head, so that blocks start as identity.
+
+    Random numbers come from torch's global generator.
+    """
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(module.weight.flatten(1))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Embedding):
+            std = 0.02 if "relative" in name else 0.3
+            if isinstance(network, GemmaEncoder):  # which multiplies by the root of its width
+                std = network.config.hidden_size**-0.5
+            nn.init.normal_(module.weight, std=std)
+        if name.endswith(("modulation", "final.linear")):
+            nn.init.zeros_(module.weight)
+
+
+def trainable(pipe: Any) -> nn.ModuleDict:
+    """The networks that are trained together: everything but the VAE."""
+    names = ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+    return nn.ModuleDict({n: getattr(pipe, n) for n in names if getattr(pipe, n, None) is not None})
+
+
+def encode(pipe: Any, captions: list[str]) -> dict[str, Tensor]:
+    """The transformer's conditioning arguments for captions, with gradients if they are on."""
+    if isinstance(pipe, SD3Pipeline):
+        return pipe.encode(captions, captions, captions)
+    return pipe.encode(captions)
+
+
+def place(pipe: Any, pixels: int) -> None:
+    """Set SD3's position table for training at a size: always the same coordinates edge to edge.
+
+    A token of a 128 pixel picture stands for four of a 256 pixel one and gets the position in their
+    midst, so that what was learnt about places carries over. Next-DiT's rotary positions do the
+    same by themselves.
+    """
+    if not isinstance(pipe, SD3Pipeline):
+        return
+    grid, full = pixels // 16, PIXELS // 16
+    at = (torch.arange(TABLE) - (TABLE - grid) / 2 + 0.5) * full / grid - 0.5  # (TABLE,)
+    width = pipe.transformer.config.width
+    rates = 100.0 ** (-torch.arange(width // 4) / (width // 4))
+    angles = at[:, None] * rates  # (TABLE, width / 4)
+    one = torch.cat((angles.sin(), angles.cos()), dim=1)  # (TABLE, width / 2)
+    shape = (TABLE, TABLE, width // 2)
+    table = torch.cat((one[None, :].expand(shape), one[:, None].expand(shape)), dim=2)
+    pipe.transformer.pos_embed.copy_(table.reshape(1, TABLE * TABLE, width))

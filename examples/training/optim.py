@@ -1,0 +1,158 @@
+"""The optimisers, and what makes a training step fast on a CPU.
+
+B batch, H heads (of queries), G heads of keys, L queries, S keys, D head width.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from minidit.pipeline import LuminaPipeline
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What decides a training run's every number; steps may be raised when it goes on."""
+
+    size: int = 256  # pixels
+    steps: int = 20000  # in all, earlier sizes included
+    batch: int = 32
+    muon_lr: float = 0.02
+    adam_lr: float = 2e-3
+    warmup: int = 100
+    cooldown: int = 0  # the last steps, in which the learning rate falls to 0
+    shift: float = 4.0  # of the noise levels, towards noise: where the prompt decides
+    empty: float = 0.1  # share of captions left empty, for guidance
+    joint: int = 0  # 1 trains the text encoders on together with the transformer
+    seed: int = 0
+
+    def rate(self, step: int) -> float:
+        """Factor of the learning rates at a step."""
+        rising = min(1.0, (step + 1) / self.warmup)
+        return rising * min(1.0, (self.steps - step) / max(1, self.cooldown))
+
+
+def optimisers(pipe: Any, *networks: nn.Module) -> tuple[Muon, torch.optim.AdamW]:
+    """Muon for the matrices inside blocks and layers, AdamW for all other parameters."""
+    named = [pair for network in networks for pair in network.named_parameters()]
+    if isinstance(pipe, LuminaPipeline):  # it reads what enters Gemma's last layer
+        unread = f"text_encoder.layers.{len(pipe.text_encoder.layers) - 1}."
+        named = [(n, p) for n, p in named if not n.startswith(unread)]
+    inner = [(n, p) for n, p in named if re.search(r"(^|\.)(blocks|layers)\.", n)]
+    matrices = [(n, p) for n, p in inner if p.ndim == 2]
+    chosen = {id(p) for _, p in matrices}
+    rest = [p for _, p in named if id(p) not in chosen]
+    return Muon(matrices), torch.optim.AdamW(rest, betas=(0.9, 0.99), weight_decay=0, foreach=True)
+
+
+def update(muon: Muon, adam: torch.optim.AdamW, plan: Plan, step: int) -> None:
+    """One step of both optimisers at the plan's rates; forgets the gradients."""
+    rate = plan.rate(step)
+    muon.step(plan.muon_lr * rate)
+    for group in adam.param_groups:
+        group["lr"] = plan.adam_lr * rate
+    adam.step()
+    adam.zero_grad()
+    muon.zero_grad()
+
+
+class Muon:
+    """Momentum, made orthogonal before it is applied: every direction of a matrix moves alike.
+
+    Matrices that are several in one (qkv, the chunks of a modulation) are treated one by one.
+    Matrices of one shape are stacked, so that the Newton-Schulz iteration is a few large products.
+    """
+
+    def __init__(self, named: list[tuple[str, nn.Parameter]], decay: float = 0.01) -> None:
+        self.decay = decay
+        self.groups: dict[tuple[int, int], list[tuple[nn.Parameter, int]]] = {}
+        for name, weight in named:
+            rows, columns = weight.shape
+            several = name.endswith(("qkv.weight", "modulation.weight")) and rows % columns == 0
+            parts = rows // columns if several else 1
+            self.groups.setdefault((rows // parts, columns), []).append((weight, parts))
+        self.momentum = {
+            shape: torch.zeros(sum(parts for _, parts in group), *shape)
+            for shape, group in self.groups.items()
+        }
+
+    @torch.no_grad()
+    def step(self, lr: float, beta: float = 0.95) -> None:
+        for (rows, columns), group in self.groups.items():
+            momentum = self.momentum[rows, columns]  # (matrices, rows, columns)
+            grads = torch.cat([weight.grad.view(-1, rows, columns) for weight, _ in group])
+            momentum.lerp_(grads, 1 - beta)
+            update = orthogonal(grads.lerp_(momentum, beta))  # Nesterov's look ahead
+            scale = lr * max(1, rows / columns) ** 0.5
+            pieces = update.float().split([parts for _, parts in group])
+            weights = [weight.data.view(-1, rows, columns) for weight, _ in group]
+            torch._foreach_mul_(weights, 1 - lr * self.decay)
+            torch._foreach_add_(weights, pieces, alpha=-scale)
+
+    def zero_grad(self) -> None:
+        for group in self.groups.values():
+            for weight, _ in group:
+                weight.grad = None
+
+
+def orthogonal(matrices: Tensor, iterations: int = 5) -> Tensor:
+    """The nearest orthogonal matrices (n, rows, columns), roughly: singular values 0.7 to 1.2.
+
+    Newton-Schulz iteration with Jordan's coefficients, in bfloat16.
+    """
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = (matrices.mT if tall else matrices).bfloat16().contiguous()
+    x /= x.norm(dim=(1, 2), keepdim=True) + 1e-7
+    for _ in range(iterations):
+        a = torch.bmm(x, x.mT)
+        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, b, x, beta=3.4445)
+    return x.mT if tall else x
+
+
+class PlainAttention(TorchFunctionMode):
+    """Within it, attention is two matrix products and a softmax instead of torch's fused kernel.
+
+    On a CPU, at a few hundred tokens, the fused kernel's backward pass takes three to five times as
+    long, which made it a quarter of a training step.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            func = plain_attention
+        return func(*args, **(kwargs or {}))
+
+
+def plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """F.scaled_dot_product_attention without dropout: q (B, H, L, D), k and v (B, G, S, D)."""
+    B, H, L, D = q.shape
+    if enable_gqa:
+        k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
+    q, k, v = (x.to(v.dtype).reshape(B * H, -1, D) for x in (q, k, v))
+    factor = D**-0.5 if scale is None else scale
+    scores = torch.baddbmm(q.new_zeros(()), q, k.mT, beta=0, alpha=factor)  # (B * H, L, S)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).tril()
+    if attn_mask is not None:
+        scores = scores.view(B, H, L, -1)
+        if attn_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
+        else:
+            scores = scores + attn_mask.to(scores.dtype)
+        scores = scores.flatten(0, 1)
+    return torch.bmm(scores.softmax(dim=-1).to(v.dtype), v).view(B, H, L, D)
+
+
+def autocast() -> Any:
+    """bfloat16 products where the processor has them, which is three times as fast."""
+    return torch.autocast("cpu", torch.bfloat16)
