@@ -69,7 +69,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Dense, RAS and fewer dense steps side by side.")
     add = parser.add_argument
     add("prompt", nargs="?", default="a red apple on a sky blue background")
-    add("--model", default="mini-sd3")
+    add("--model", default="mini-lumina")
     add("--ratios", type=float, nargs="+", default=[0.5, 0.1])
     add("--ras-preset", default="default")
     add("--steps", type=int)

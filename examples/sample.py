@@ -56,7 +56,11 @@ def parse_args() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("prompt", nargs="?", default="a red apple on a sky blue background")
-    add("--model", default="mini-sd3", help="mini-sd3, mini-lumina, folder, .safetensors or hub id")
+    add(
+        "--model",
+        default="mini-lumina",
+        help="mini-sd3, mini-lumina, folder, .safetensors or hub id",
+    )
     add("--ras", default=None, metavar="RATIO|off", help="active share of a regional step")
     add("--ras-preset", default=None, metavar="NAME", help=f"one of {', '.join(ras.PRESETS)}")
     add("--active-map", type=Path, metavar="FILE", help="picture of how often regions were active")

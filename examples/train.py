@@ -8,6 +8,7 @@
     python examples/train.py train   --family sd3 --run runs/sd3 --size 256 --steps 20000
     python examples/train.py export  --family sd3 --run runs/sd3 --out my-sd3
     python examples/train.py measure --model my-sd3
+    python examples/train.py sheet   --model my-sd3
 
 `vae` and `train` go on where they were interrupted; `text` takes minutes. A step's data, noise and
 times are a function of seed and step number alone, so a resumed run makes the very steps of an
@@ -42,15 +43,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
+import minidit
 from minidit.flow import SchedulerConfig
+from pictures import check_writable, sheet
+from pictures import save as save_image
 from training import emoji
 from training.autoencoder import prepare, train_vae
 from training.files import export, save
 from training.measuring import measure
-from training.models import SCHEDULER, encode, new_pipeline, place, trainable
+from training.models import PIXELS, SCHEDULER, encode, new_pipeline, place, trainable
 from training.optim import PlainAttention, Plan, autocast, optimisers, update
 
 PROMPTS = (
@@ -231,22 +234,20 @@ def train(family: str, run: Path, plan: Plan, save_minutes: float, sheet_minutes
             saved = time.time()
         if done or now - drawn > 60 * sheet_minutes:
             path = run / f"sheets/{plan.size}-{trainer.steps:06d}.png"
-            draw_sheet(trainer.averaged(), PROMPTS, plan.size, path)
+            draw_sheet(trainer.averaged(), PROMPTS, plan.size, path, steps=14)
             drawn = time.time()
             print(f"wrote {path}", flush=True)
 
 
-def draw_sheet(pipe: Any, prompts: tuple[str, ...], size: int, path: Path) -> None:
+def draw_sheet(
+    pipe: Any, prompts: tuple[str, ...], size: int, path: Path, steps: int | None = None
+) -> None:
     """One picture a prompt, all from the same noise, as one image."""
     columns = 6
     with autocast():
-        images = pipe(list(prompts), height=size, width=size, seed=0, steps=14).images
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * size, rows * size))
-    for i, image in enumerate(images):
-        sheet.paste(image, (i % columns * size, i // columns * size))
+        images = pipe(list(prompts), height=size, width=size, seed=0, steps=steps).images
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    save_image(sheet([images[i : i + columns] for i in range(0, len(images), columns)]), path)
 
 
 # ---------------------------------------------------------------- command line
@@ -259,7 +260,7 @@ def main() -> None:
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
-        if name != "measure":
+        if name not in ("measure", "sheet"):
             sub.add_argument("--family", choices=("sd3", "lumina"), default="sd3")
             sub.add_argument("--run", type=Path, required=True, help="folder of this training run")
         sub.add_argument("--packages", type=Path, default=Path("node_modules"))
@@ -299,6 +300,10 @@ def main() -> None:
     sub.add_argument("--model", type=Path, required=True)
     sub.add_argument("--count", type=int, default=200)
 
+    sub = command("sheet", "draw the fixed prompts with a model, all with seed 0")
+    sub.add_argument("--model", required=True)
+    sub.add_argument("--out", type=Path, default=Path("sheet.png"))
+
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
@@ -318,6 +323,10 @@ def main() -> None:
             default_guidance=args.default_guidance,
         )
         export(args.family, args.run, args.out, scheduler)
+    elif args.command == "sheet":
+        check_writable(args.out)
+        draw_sheet(minidit.load(args.model), PROMPTS, PIXELS, args.out)
+        print(f"wrote {args.out}")
     else:
         for name, value in measure(args.model, args.packages, args.count).items():
             print(f"{name:12s} {value:.3f}")

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import GOLDENS
 from PIL import Image
 
 import minidit
@@ -405,3 +406,14 @@ def test_plain_attention_is_torch_attention(case):
     expected = attention(q, k, v, **options)
     with optim.PlainAttention():
         torch.testing.assert_close(attention(q, k, v, **options), expected)
+
+
+def test_sheet_draws_every_fixed_prompt(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "PIXELS", 32)
+    monkeypatch.setattr(train, "PROMPTS", train.PROMPTS[:8])
+    out = tmp_path / "sheet.jpg"
+    args = ["sheet", "--model", str(GOLDENS / "pipe_lumina"), "--out", str(out), "--threads", "1"]
+    monkeypatch.setattr("sys.argv", ["train.py", *args])
+    train.main()
+    assert Image.open(out).size == (6 * 32 + 5 * 4, 2 * 32 + 4)
+    assert f"wrote {out}" in capsys.readouterr().out
