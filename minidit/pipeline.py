@@ -67,6 +67,7 @@ class SD3Pipeline:
         use_t5: bool = True,
         prompt_2: Prompts | None = None,
         prompt_3: Prompts | None = None,
+        order: int = 1,
     ) -> Output:
         """Draw `num_images` pictures of every prompt.
 
@@ -76,7 +77,7 @@ class SD3Pipeline:
                         batch; None draws a seed, which the output tells
         latents         noise of one's own (B, C, height / 8, width / 8) instead of a seed
         ras             a RASConfig for Region-Adaptive Sampling, None for dense
-        callback        see `minidit.denoise`
+        callback, order see `minidit.denoise`
         max_sequence_length  T5 tokens, at most what its tokenizer allows
         use_t5          False leaves T5 out even if it is there
         prompt_2, prompt_3   other texts for CLIP-G and T5 than for CLIP-L
@@ -98,7 +99,7 @@ class SD3Pipeline:
 
         return _generate(
             self, encode, prompt, negative_prompt, height, width, steps, guidance, seed, latents,
-            num_images, ras, callback, progress,
+            num_images, ras, callback, progress, order,
         )  # fmt: skip
 
     def encode(
@@ -168,6 +169,7 @@ class LuminaPipeline:
         progress: bool = False,
         scaling_watershed: float = 1.0,
         proportional_attn: bool = True,
+        order: int = 1,
     ) -> Output:
         """Draw `num_images` pictures of every prompt: the arguments of `SD3Pipeline`, and
 
@@ -183,7 +185,7 @@ class LuminaPipeline:
 
         return _generate(
             self, encode, prompt, negative_prompt, height, width, steps, guidance, seed, latents,
-            num_images, ras, callback, progress,
+            num_images, ras, callback, progress, order,
         )  # fmt: skip
 
     def encode(self, prompts: list[str], negative: list[str] | None = None) -> Cond:
@@ -207,7 +209,7 @@ def _generate(
     pipe: Any, encode: Any, prompt: Prompts, negative_prompt: Prompts, height: int | None,
     width: int | None, steps: int | None, guidance: float | None, seed: int | None,
     latents: Tensor | None, num_images: int, ras: RASConfig | None, callback: Callback | None,
-    progress: bool,
+    progress: bool, order: int,
 ) -> Output:  # fmt: skip
     """What both families do: check, encode, draw noise, denoise, decode."""
     prompts = _texts(prompt, None, "prompt")
@@ -237,7 +239,7 @@ def _generate(
         with _running(pipe, pipe.transformer) as transformer:
             latents, trace = denoise(
                 transformer, latents.to(pipe.device), sigmas, cond, uncond, guidance,
-                ras=ras, callback=callback, progress=progress,
+                ras=ras, callback=callback, progress=progress, order=order,
             )  # fmt: skip
         with _running(pipe, pipe.vae) as vae:
             images = [to_image(vae.decode(latent[None])[0]) for latent in latents]

@@ -1,13 +1,14 @@
 """Region-Adaptive Sampling (arXiv 2502.10389): compute only the active tokens of a step.
 
-config.py says what can be chosen, plan.py which step does what, select.py who is active (by a score
-of scores.py), cache.py what is kept between steps, reuse.py the velocity of stale tokens, trace.py
-what happened, upstream.py how the official code behaves. Nothing here knows a network: models
-import this package, never the other way round.
+config.py says what can be chosen, plan.py which step does what, select.py who is active (by a
+score of scores.py), cache.py what is kept between steps, reuse.py the velocity of stale tokens,
+correct.py what they take back later, trace.py what happened, upstream.py how the official code
+behaves. Nothing here knows a network: models import this package, never the other way round.
 """
 
 from ras.cache import History, KVCache, observe
 from ras.config import PRESETS, RASConfig
+from ras.correct import settle
 from ras.plan import plan
 from ras.reuse import REUSE
 from ras.scores import SCORES
@@ -29,4 +30,5 @@ __all__ = [
     "observe",
     "plan",
     "select",
+    "settle",
 ]

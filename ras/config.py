@@ -32,6 +32,8 @@ class RASConfig:
                 as in the paper
     max_stale   no token stays stale for more than this many steps in a row; None for no bound
     reuse       a name in ras.REUSE: the velocity of stale tokens
+    correct     True: a token that is computed again takes back what its guesses got wrong (see
+                ras/correct.py)
     cache       "hold": stale tokens are attended to by the keys and values of the last time that
                 they were computed (section 3.4 of the paper); "extrapolate": by a line in sigma
                 through those of the last two dense steps, at twice the memory
@@ -53,6 +55,7 @@ class RASConfig:
     starved_by: str = "age"
     max_stale: int | None = None
     reuse: str = "extrapolate"
+    correct: bool = False
     cache: str = "hold"
     seed: int = 0
     official: Upstream | None = None
@@ -96,6 +99,7 @@ class RASConfig:
         bound = self.max_stale
         require(bound is None or (_is_int(bound) and bound >= 1), "max_stale", "None or at least 1")
         require(self.reuse in REUSE, "reuse", f"one of {', '.join(REUSE)}")
+        require(isinstance(self.correct, bool), "correct", "True or False")
         require(self.cache in ("hold", "extrapolate"), "cache", "'hold' or 'extrapolate'")
         require(_is_int(self.seed), "seed", "an integer")
 
@@ -136,7 +140,7 @@ def _is_number(value: object) -> bool:
 PRESETS = {
     # What measures best on the embedded models (docs/ras.md): the last steps are long in sigma,
     # which makes stale velocities dear, so they are dense.
-    "default": RASConfig(ratio=0.05, start=0.12, end=0.85, cache="extrapolate"),
+    "default": RASConfig(ratio=0.05, start=0.12, end=0.85, cache="extrapolate", correct=True),
     # The paper as written: low std is active (3.3), D counts drops and lets long-stale tokens
     # recover (3.4), first 4 of 28 steps dense, refresh at 12 and 20 of 30 (3.5). Neither k nor how
     # far the ratio falls is given.

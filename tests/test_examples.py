@@ -181,21 +181,3 @@ def test_evaluate_makes_the_same_table_with_two_processes(run, tmp_path, capsys)
     assert done.returncode == 0, done.stderr
     assert done.stdout == table
     assert sorted(p.name for p in tmp_path.glob("e*.jsonl")) == ["e.0.jsonl", "e.1.jsonl"]
-
-
-def test_multistep_is_of_second_order(run):
-    """Halving the steps of a field with a known solution quarters the error, not halves it."""
-    evaluate = importlib.import_module("evaluate")
-
-    def error(steps: int) -> float:
-        field = torch.nn.Module()
-        field.config = field.guided_channels = None
-        field.forward = lambda x, sigma, **_: x * 2 * sigma.view(-1, 1, 1, 1)
-        sigmas = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-        solver = evaluate.Multistep(field, sigmas)
-        x = torch.ones(1, 1, 1, 1, dtype=torch.float64)
-        for now, then in zip(sigmas[:-1], sigmas[1:], strict=True):
-            x = x + (then - now) * solver(x, now.view(1))
-        return abs(x.item() - torch.tensor(-1.0, dtype=torch.float64).exp().item())
-
-    assert 3.5 < error(40) / error(80) < 4.5

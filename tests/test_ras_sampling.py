@@ -178,6 +178,64 @@ def test_velocity_linear_in_sigma_is_exact_with_undamped_extrapolation(monkeypat
     assert not torch.allclose(results["hold"], results["dense"], atol=1e-2)
 
 
+@given(
+    st.floats(0.1, 0.9), st.integers(9, 16), st.sampled_from(sorted(REUSE)),
+    st.sampled_from([1, 2]), st.booleans(),
+)  # fmt: skip
+def test_corrected_velocity_quadratic_in_sigma_is_exact(ratio, steps, reuse, order, turns):
+    """However wrong the guesses: a parabola through three known points is the field itself."""
+    bend, slope, offset = (noise(2, 6, 10, seed) for seed in (3, 4, 5))
+
+    def field(x, sigma):
+        return bend * sigma**2 + slope * sigma + offset
+
+    config = RASConfig(
+        ratio=ratio, start=2, end=steps - 3, reuse=reuse, correct=True, score="random",
+        refresh=2 if turns else 0,
+    )  # fmt: skip
+    results = [
+        denoise(
+            only_active(field), noise(2, 6, 10), flow_sigmas(steps, 3.0), {}, ras=c, order=order
+        )[0]
+        for c in (None, config, replace(config, correct=False))
+    ]
+    assert torch.allclose(results[1], results[0], atol=2e-5)
+    assert not torch.allclose(results[2], results[0], atol=1e-3)
+
+
+def test_corrected_velocity_linear_in_sigma_is_exact_after_one_dense_step():
+    """Where only two points are known the line through them serves."""
+    slope, offset = noise(2, 6, 10, 3), noise(2, 6, 10, 4)
+    model, sigmas = only_active(lambda x, sigma: slope * sigma + offset), flow_sigmas(12, 3.0)
+    config = RASConfig(ratio=0.3, start=1, end=9, reuse="hold", correct=True)
+    expected, _ = denoise(model, noise(2, 6, 10), sigmas, {})
+    latents, _ = denoise(model, noise(2, 6, 10), sigmas, {}, ras=config)
+    assert torch.allclose(latents, expected, atol=2e-5)
+
+
+def test_correction_moves_only_tokens_that_were_stale_and_are_active_now():
+    def field(x, sigma):
+        return x * sigma**2
+
+    moves = []
+
+    def callback(step, sigma, latents, velocity, active):
+        moves.append((latents, velocity, active))
+
+    sigmas = flow_sigmas(8, 3.0)
+    config = replace(REGIONAL, correct=True)
+    _, trace = denoise(
+        only_active(field), noise(2, 6, 8), sigmas, {}, ras=config, callback=callback
+    )
+    was = trace.active[0]
+    for t in range(1, 8):
+        expected = moves[t - 1][0] + (sigmas[t + 1] - sigmas[t]) * moves[t][1]
+        moved = (moves[t][0] - expected).abs() > 1e-5  # (B, C, H, W): beyond the Euler step
+        tokens = moved.view(2, 4, 3, 2, 4, 2).any(dim=5).any(dim=3).any(dim=1).flatten(1)
+        assert tokens.equal(trace.active[t] & ~was), t
+        was = trace.active[t]
+
+
 @given(st.integers(1, 6), st.integers(1, 6), st.sampled_from(["low", "high"]))
 def test_non_square_equals_the_transposed_problem(h, w, prefer):
     """A field that acts on every pixel alone knows no rows from columns: neither may RAS."""
@@ -185,7 +243,9 @@ def test_non_square_equals_the_transposed_problem(h, w, prefer):
     def field(x, sigma):
         return torch.tanh(3 * x) + sigma * x.flip(1)
 
-    config = RASConfig(ratio=0.4, start=1, refresh=1, score="std", prefer=prefer, max_stale=5)
+    config = RASConfig(
+        ratio=0.4, start=1, refresh=1, score="std", prefer=prefer, max_stale=5, correct=True
+    )
     start, sigmas = noise(2, 2 * h, 2 * w), flow_sigmas(7, 3.0)
     one, trace = denoise(only_active(field), start, sigmas, {}, ras=config)
     other, turned = denoise(only_active(field), start.mT.contiguous(), sigmas, {}, ras=config)
