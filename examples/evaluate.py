@@ -5,7 +5,7 @@
     torchrun --nproc-per-node 4 examples/evaluate.py --device cuda ...   # seeds shared out
 
 Every picture is drawn from the same noise as two references: the same sampler dense, and the flow's
-equation solved with many second-order steps ("ODE"). One line a picture goes into the file as soon
+equation solved with 64 second-order steps ("ODE"). One line a picture goes into the file as soon
 as it is measured; a run that was interrupted goes on where it stopped, and the table is made from
 the files, so that it does not depend on the number of processes. SNR compares final latents, PSNR
 and SSIM pictures; mean and 95 % interval over all prompts and seeds.
@@ -21,6 +21,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -29,7 +30,9 @@ import torch
 
 import minidit
 from compare import psnr
+from quality import picture_name, read_captions
 from ras import RASConfig
+from sample import DTYPES
 
 PROMPTS = (
     "red apple on a sky blue background",
@@ -41,7 +44,6 @@ PROMPTS = (
     "smiling face with sunglasses on a navy blue background",
     "penguin on a red background",
 )
-ODE_STEPS = 64
 
 
 # ---------------------------------------------------------------- settings
@@ -154,12 +156,14 @@ def draw(pipe, setting: Setting, prompts: list[str], seed: int, steps: int) -> m
 
 
 def measure(
-    pipe, names: Sequence[str], prompts: list[str], seed: int, steps: int, images: Path | None
-) -> list[dict]:
+    pipe, names: Sequence[str], prompts: list[str], seed: int, steps: int, ode_steps: int,
+    save_as: Callable[[str, int], Path] | None,
+) -> list[dict]:  # fmt: skip
     """One row for every setting and prompt, compared with both references."""
-    rows = []
+    rows, exact = [], None
     dense = draw(pipe, SETTINGS["dense"], prompts, seed, steps)
-    exact = draw(pipe, SETTINGS["second order"], prompts, seed, ODE_STEPS)
+    if ode_steps:
+        exact = draw(pipe, SETTINGS["second order"], prompts, seed, ode_steps)
     for name in names:
         setting = SETTINGS[name]
         out = dense if name == "dense" else draw(pipe, setting, prompts, seed, steps)
@@ -168,15 +172,20 @@ def measure(
             rows.append({
                 "setting": name, "prompt": prompt, "seed": seed, "steps": steps, "cost": cost,
                 "snr": snr(out.latents[i], dense.latents[i]),
-                "ode": snr(out.latents[i], exact.latents[i]),
+                "ode": snr(out.latents[i], exact.latents[i]) if exact else None,
                 "psnr": min(99.0, psnr(out.images[i], dense.images[i])),
                 "ssim": ssim(out.images[i], dense.images[i]),
             })  # fmt: skip
-            if images is not None:
-                words = [re.sub(r"\W+", "-", text)[:80] for text in (name, prompt)]
-                (images / words[0]).mkdir(parents=True, exist_ok=True)
-                out.images[i].save(images / words[0] / f"{seed}-{words[1]}.png")
+            if save_as is not None:
+                out.images[i].save(save_as(name, i))
     return rows
+
+
+def picture_path(folder: Path, start: int, seed: int, setting: str, i: int) -> Path:
+    """Where the picture of prompt number start + i goes: a folder a setting."""
+    own = folder / re.sub(r"\W+", "-", setting)
+    own.mkdir(parents=True, exist_ok=True)
+    return own / picture_name(start + i, seed)
 
 
 def snr(latents: torch.Tensor, reference: torch.Tensor) -> float:
@@ -267,7 +276,7 @@ def main() -> None:
         torch.distributed.init_process_group("gloo")  # nothing but a barrier: no tensors are sent
         if args.device == "cuda":
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    pipe = minidit.load(args.model, device=args.device)
+    pipe = minidit.load(args.model, device=args.device, dtype=DTYPES[args.dtype])
     steps = args.steps or pipe.scheduler.default_steps
     args.out.parent.mkdir(parents=True, exist_ok=True)
     done = read(args.out)
@@ -283,7 +292,9 @@ def main() -> None:
                 ]  # fmt: skip
                 if not missing:
                     continue
-                for row in measure(pipe, missing, prompts, seed, steps, args.images):
+                save_as = partial(picture_path, args.images, start, seed) if args.images else None
+                rows = measure(pipe, missing, prompts, seed, steps, args.ode_steps, save_as)
+                for row in rows:
                     print(json.dumps(row), file=file, flush=True)
                 print(
                     f"seed {seed}: {len(prompts)} prompts, {len(missing)} settings", file=sys.stderr
@@ -311,15 +322,18 @@ def parse_args() -> argparse.Namespace:
     add("--steps", type=int)
     add("--batch", type=int, default=8, help="prompts drawn at once")
     add("--device", default="cpu")
+    add("--dtype", choices=DTYPES, default="float32")
+    add("--ode-steps", type=int, default=64, help="steps of the second reference, 0 for none")
     add("--out", type=Path, default=Path("runs/evaluate.jsonl"))
     add("--images", type=Path, help="folder for the pictures, one folder a setting")
     add("--plot", type=Path, help="picture of the table, needs matplotlib")
     args = parser.parse_args()
-    for name in ("seeds", "batch"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}, must be at least 1")
+    for name, least in (("seeds", 1), ("batch", 1), ("ode_steps", 0)):
+        if getattr(args, name) < least:
+            option = name.replace("_", "-")
+            parser.error(f"--{option} is {getattr(args, name)}, must be at least {least}")
     if args.captions is not None:
-        args.prompts = [line for line in args.captions.read_text("utf-8").splitlines() if line]
+        args.prompts = read_captions(args.captions)
     return args
 
 

@@ -158,7 +158,9 @@ def test_evaluate_resumes_and_makes_the_same_table(run, tmp_path, capsys):
     assert len(rows) == 6 and "| default |" in table and table.count("±") == 12
     assert "| dense | 100% | 99.0 ± 0.0 | 99.0 ± 0.0 | 1.000 ± 0.000 |" in table
     assert Image.open(tmp_path / "e.png").width > 600
-    assert len(list((tmp_path / "pictures").glob("*/*.png"))) == 6
+    names = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.glob("pictures/*/*.png"))
+    folders = ("default", "dense", "paper")
+    assert names == [f"pictures/{name}/00000-{seed}.png" for name in folders for seed in (0, 1)]
     (tmp_path / "e.jsonl").write_text("\n".join(rows[:3]) + '\n{"setting": "def')
     run("evaluate", *EVALUATE)
     assert capsys.readouterr().out == table
@@ -181,3 +183,45 @@ def test_evaluate_makes_the_same_table_with_two_processes(run, tmp_path, capsys)
     assert done.returncode == 0, done.stderr
     assert done.stdout == table
     assert sorted(p.name for p in tmp_path.glob("e*.jsonl")) == ["e.0.jsonl", "e.1.jsonl"]
+
+
+def test_quality_pairs_pictures_with_their_captions(run, tmp_path, capsys, monkeypatch):
+    """The metric networks can't be fetched here: stand-ins show what reaches them."""
+
+    class Metric:
+        def __init__(self, *_, **__):
+            self.seen, self.real = [], []
+
+        def to(self, device):
+            return self
+
+        def reset(self):
+            self.seen = []
+
+        def update(self, picture, *captions, real=False):
+            assert picture.dtype == torch.uint8 and picture.shape[:2] == (1, 3)
+            (self.real if real else self.seen).append((picture[0, 0, 0, 0].item(), *captions))
+
+        def compute(self):
+            if any(len(one) > 1 for one in self.seen):
+                return torch.tensor(float(all(c == [f"gray {v}"] for v, c in self.seen)))
+            return torch.tensor(10.0 * len(self.real) + len(self.seen))
+
+    for module, name in (("image.fid", "FrechetInceptionDistance"),
+                         ("multimodal.clip_score", "CLIPScore")):  # fmt: skip
+        stub = type(sys)("stub")
+        setattr(stub, name, Metric)
+        monkeypatch.setitem(sys.modules, f"torchmetrics.{module}", stub)
+    (tmp_path / "captions.txt").write_text("gray 0\n\ngray 1\ngray 2\n")
+    for folder, values in (("one", (0, 2)), ("other", (1,)), ("real", (7, 8, 9))):
+        (tmp_path / folder).mkdir()
+        for value in values:
+            path = tmp_path / folder / f"{value:05d}-4.png"
+            Image.new("RGB", (6, 4), (value,) * 3).save(path)
+    run("quality", "one", "other", "--captions", "captions.txt", "--reference", "real")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2:] == ["| one | 1.00 | 32.00 | 2 |", "| other | 1.00 | 31.00 | 1 |"]
+    with pytest.raises(ValueError, match="00007-4.png is none of the 3 captions' pictures"):
+        run("quality", "real", "--captions", "captions.txt")
+    with pytest.raises(FileNotFoundError, match="nothing is no folder"):
+        run("quality", "nothing", "--captions", "captions.txt")
