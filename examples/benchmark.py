@@ -77,6 +77,7 @@ def parse_args() -> argparse.Namespace:
     add("--ratios", type=float, nargs="+", default=[0.75, 0.5, 0.25, 0.125])
     add("--dtype", choices=DTYPES, default="float32")
     add("--device", default="cpu")
+    add("--extrapolate", action="store_true", help="the cache of the default preset")
     add("--repeats", type=int, default=5)
     add("--threads", type=int, help="CPU threads, default: what torch takes")
     args = parser.parse_args()
@@ -108,7 +109,7 @@ class Step:
 
     def __init__(self, model, args, device, dtype) -> None:
         config, side, B = model.config, args.size // 8, args.batch
-        self.model, self.device, self.cache = model, device, KVCache()
+        self.model, self.device, self.cache = model, device, KVCache(args.extrapolate)
         self.tokens = (side // config.patch_size) ** 2
         make = {"device": device, "dtype": dtype}
         self.latents = torch.randn(B, config.in_channels, side, side, **make)
@@ -135,6 +136,7 @@ class Step:
     def run(self, ratio: float) -> float:
         """Seconds of one step, dense with filling the cache or regional."""
         active = self.active(ratio)
+        self.cache.sigma -= 0.001  # every step has a noise level of its own
         self.synchronize()
         begin = time.perf_counter()
         self.model(self.latents, self.sigma, **self.cond, active=active, cache=self.cache)

@@ -129,7 +129,7 @@ def test_benchmark_prints_shares_of_time_and_flops(run, capsys, monkeypatch, fam
     }))  # fmt: skip
     monkeypatch.setitem(benchmark.VARIANTS, family, tiny)
     run("benchmark", "--family", family, "--layers", "1", "--size", "64", "--repeats", "1",
-        "--ratios", "0.5")  # fmt: skip
+        "--ratios", "0.5", "--extrapolate")  # fmt: skip
     lines = capsys.readouterr().out.splitlines()
     assert "1 layers, 64 px, batch 2" in lines[0] and "cache: " in lines[1]
     dense, half = (line.split() for line in lines[3:])
