@@ -246,18 +246,22 @@ def table(groups: dict[str, list[dict]]) -> str:
 
 
 def plot(groups: dict[str, list[dict]], path: Path) -> None:
-    """Cost against the distance to each reference, one mark a setting."""
+    """Cost against the distance to each reference: a colour for each first word, a mark within."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 6.5), layout="constrained")
     for axes, key, title in zip(
         figure.subplots(1, 2), ("snr", "ode"), ("the same sampler, dense", "the ODE"), strict=True
     ):
-        for number, (name, rows) in enumerate(groups.items()):
-            if name == "dense" and key == "snr":
+        marks: dict[str, int] = {}
+        for name, rows in groups.items():
+            kind = re.split(r"\W", name)[0]
+            marks[kind] = marks.get(kind, -1) + 1
+            style = {"marker": "oXsDP^v<>*p"[marks[kind] % 11], "label": name}
+            style["color"] = f"C{list(marks).index(kind) % 10}"
+            if name == "dense" and key == "snr":  # the reference itself
                 continue
             value, half = summary(rows, key)
-            style = {"marker": "oXsDP^v"[number % 7], "color": f"C{number % 10}", "label": name}
             axes.errorbar(100 * mean(row["cost"] for row in rows), value, half, ls="", **style)
         axes.set(xlabel="token-steps, % of the dense run", ylabel="SNR of the final latents, dB")
         axes.set_title(f"Distance to {title}")

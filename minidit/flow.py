@@ -131,8 +131,9 @@ def denoise(
                 reused = None if active is None else REUSE[ras.reuse](kept, sigmas[i])
                 fresh = patchify(velocity, patch)  # (B, N, P*P, C)
                 if ras.correct and history is not None:
-                    past = (debt, history, fresh, reused, active)
-                    debt, correction = settle(*past, sigmas[i], sum(weights[i]))
+                    debt, correction = settle(
+                        debt, history, fresh, reused, active, sigmas[i], sum(weights[i])
+                    )
                     latents = latents + unpatchify(correction, height, width, patch)
                 history = observe(
                     history, fresh, reused, active, sigmas[i], sigmas[i + 1], ras.seed
@@ -140,7 +141,7 @@ def denoise(
                 velocity = unpatchify(history.velocity, height, width, patch)  # (B, C, H, W)
                 trace.record(levels[i], step, active, latents)
             latents = latents + weights[i][0] * velocity  # the Euler step
-            if previous is not None:
+            if previous is not None:  # and what makes it one of second order
                 latents = latents + weights[i - 1][1] * previous
             previous = velocity if order == 2 else None
             if callback is not None:
