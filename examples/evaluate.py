@@ -131,6 +131,7 @@ SETTINGS: dict[str, Setting] = {
     "paper, late refresh": Setting(
         lambda steps: replace(PAPER, refresh=(round(steps * 0.71), round(steps * 0.86)))
     ),
+    "paper, corrected": fixed(PAPER, correct=True),
     "paper, no starvation": fixed(PAPER, starvation=0.0),
     "paper, no cache": Setting(lambda steps: PAPER, cache=False),
     "paper's frame, drift": fixed(FRAME, score="drift", prefer="high", starvation=0.0),

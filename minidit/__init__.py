@@ -1,7 +1,7 @@
 """Stable Diffusion 3 / 3.5 and Lumina-Next in pure PyTorch, with Region-Adaptive Sampling.
 
 import minidit, ras
-pipe = minidit.load("mini-sd3")
+pipe = minidit.load("mini-lumina")
 out = pipe("a red apple on a sky blue background", seed=0, ras=ras.RASConfig(ratio=0.5))
 out.images[0].save("apple.png")
 """
