@@ -49,6 +49,7 @@ import minidit
 from minidit.flow import SchedulerConfig
 from pictures import check_writable, sheet
 from pictures import save as save_image
+from ras import RASConfig
 from training import emoji
 from training.autoencoder import prepare, train_vae
 from training.files import export, save
@@ -299,6 +300,8 @@ def main() -> None:
     sub = command("measure", "print how good a model's pictures are")
     sub.add_argument("--model", type=Path, required=True)
     sub.add_argument("--count", type=int, default=200)
+    sub.add_argument("--ras-preset", help="draw with RAS, default: dense")
+    sub.add_argument("--steps", type=int, help="default: what the model asks for")
 
     sub = command("sheet", "draw the fixed prompts with a model, all with seed 0")
     sub.add_argument("--model", required=True)
@@ -328,7 +331,9 @@ def main() -> None:
         draw_sheet(minidit.load(args.model), PROMPTS, PIXELS, args.out)
         print(f"wrote {args.out}")
     else:
-        for name, value in measure(args.model, args.packages, args.count).items():
+        ras = RASConfig.preset(args.ras_preset) if args.ras_preset else None
+        values = measure(args.model, args.packages, args.count, ras, args.steps)
+        for name, value in values.items():
             print(f"{name:12s} {value:.3f}")
 
 

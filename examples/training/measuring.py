@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 import minidit
 from minidit.pipeline import to_image
+from ras import RASConfig
 from training import emoji
 from training.autoencoder import to_pixels
 from training.models import PIXELS
@@ -26,9 +27,11 @@ from training.optim import autocast
 
 @torch.no_grad()
 def measure(
-    model: Path, packages: Path, count: int, batch: int = 20, seed: int = 1
-) -> dict[str, float]:
-    """How good a model's pictures are, on pairings of name and colour that it never saw.
+    model: Path, packages: Path, count: int, ras: RASConfig | None = None,
+    steps: int | None = None, batch: int = 20, seed: int = 1,
+) -> dict[str, float]:  # fmt: skip
+    """How good a model's pictures are, on pairings of name and colour that it never saw, drawn
+    with RAS or without.
 
     vae_psnr     dB, of encoding and decoding the real pictures
     top1, top5   share of pictures whose nearest real one on that colour, among all names, is of the
@@ -48,7 +51,7 @@ def measure(
         pairs = [(i, *colours[emoji.held_out(i)]) for i in part]
         prompts = [emoji.caption(found[i].name, colour) for i, colour, _ in pairs]
         with autocast():
-            out = pipe(prompts, seed=seed + start)
+            out = pipe(prompts, steps=steps, seed=seed + start, ras=ras)
         drawn.append(out.latents)
         for (i, _, value), image in zip(pairs, out.images, strict=True):
             rivals = np.stack([emoji.compose(picture, [value])[0] for picture in small])
