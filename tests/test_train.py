@@ -120,6 +120,14 @@ def trained(family: str, run: Path, plan: optim.Plan) -> dict:
     return torch.load(run / "checkpoint.pt")
 
 
+def command(monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
+    """A command of train.py, without what it changes for the whole process."""
+    for name in ("set_num_threads", "set_flush_denormal"):
+        monkeypatch.setattr(torch, name, lambda value: None)
+    monkeypatch.setattr("sys.argv", ["train.py", *args])
+    train.main()
+
+
 def flat(state: dict, prefix: str = "") -> dict:
     """Every value of a nested state by its path."""
     out = {}
@@ -375,6 +383,19 @@ def stop_after(save, steps):
 # ---------------------------------------------------------------- measuring
 
 
+def test_measure_prints_finite_numbers_dense_and_with_ras(packages, capsys, monkeypatch):
+    args = ["measure", "--model", str(GOLDENS / "pipe_lumina"), "--packages", str(packages)]
+    args += ["--count", "3", "--steps", "8"]
+    results = []
+    for more in ([], ["--ras-preset", "paper"]):
+        command(monkeypatch, *args, *more)
+        results.append(dict(line.split() for line in capsys.readouterr().out.splitlines()))
+    assert list(results[0]) == ["vae_psnr", "top1", "top5", "background", "frechet"]
+    assert all(np.isfinite(float(value)) for result in results for value in result.values())
+    assert results[0]["vae_psnr"] == results[1]["vae_psnr"]
+    assert results[0]["frechet"] != results[1]["frechet"]
+
+
 def test_frechet_distance_of_gaussians():
     rng = np.random.default_rng(0)
     sample = rng.normal(size=(500, 3))
@@ -412,8 +433,6 @@ def test_sheet_draws_every_fixed_prompt(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "PIXELS", 32)
     monkeypatch.setattr(train, "PROMPTS", train.PROMPTS[:8])
     out = tmp_path / "sheet.jpg"
-    args = ["sheet", "--model", str(GOLDENS / "pipe_lumina"), "--out", str(out), "--threads", "1"]
-    monkeypatch.setattr("sys.argv", ["train.py", *args])
-    train.main()
+    command(monkeypatch, "sheet", "--model", str(GOLDENS / "pipe_lumina"), "--out", str(out))
     assert Image.open(out).size == (6 * 32 + 5 * 4, 2 * 32 + 4)
     assert f"wrote {out}" in capsys.readouterr().out
