@@ -43,13 +43,16 @@ def plan(config: RASConfig, steps: int, tokens: int) -> tuple[Step, ...]:
 
 def refresh_steps(refresh: int | float | tuple[int, ...], start: int, end: int) -> tuple[int, ...]:
     """The dense steps within start..end. A number r is spread so that r + 1 regional stretches
-    remain, equal or longer by one (28 steps, start 4, r = 2: steps 12 and 20, as upstream)."""
+    remain, equal or longer by one (28 steps, start 4, r = 2: steps 12 and 20, as upstream). The
+    share 1/2 of an even range is every other step of it, the last one too."""
     if isinstance(refresh, tuple):
         outside = [t for t in refresh if not start <= t <= end]
         if outside:
             raise ValueError(f"refresh names step {outside[0]}, must be within {start}..{end}")
         return refresh
     length = end - start + 1
+    if refresh == 0.5 and length % 2 == 0:
+        return tuple(range(start + 1, end + 1, 2))
     count = min(_steps(refresh, length), (length - 1) // 2)  # regional steps on both sides
     regional, stretches = length - count, count + 1
     return tuple(start + i - (-(i + 1) * regional // stretches) for i in range(count))

@@ -96,6 +96,7 @@ def test_a_plan_is_the_same_for_every_call_and_prints():
         ({"starved_by": "hunger"}, "starved_by is 'hunger'"),
         ({"max_stale": 0}, "max_stale is 0"),
         ({"reuse": "forget"}, "reuse is 'forget'"),
+        ({"correct": 1}, "correct is 1, must be True or False"),
         ({"cache": "drop"}, "cache is 'drop', must be 'hold' or 'extrapolate'"),
         ({"end": 1.5}, "end is 1.5, must be None, a step number, or a share in (0, 1)"),
         ({"seed": 0.5}, "seed is 0.5"),
@@ -105,6 +106,14 @@ def test_impossible_settings_are_named(settings, sentence):
     with pytest.raises(ValueError) as error:
         RASConfig(**settings)
     assert sentence in str(error.value)
+
+
+@given(st.integers(2, 120))
+def test_the_default_never_takes_two_regional_steps_in_a_row(steps):
+    done = plan(RASConfig.preset("default"), steps, 64)
+    regional = [step.regional for step in done]
+    assert any(regional) and not regional[0]
+    assert not any(a and b for a, b in zip(regional, regional[1:], strict=False))
 
 
 @pytest.mark.parametrize(("steps", "last"), [(20, 16), (28, 23), (50, 41)])
