@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 from pathlib import Path
 
@@ -140,8 +141,9 @@ def test_odd_prompts_are_fine(pipe, prompt):
 
 
 def test_what_is_cut_off_is_quoted(pipe):
-    with pytest.warns(UserWarning, match="lighthouse.* is cut off"):
+    with pytest.warns(UserWarning) as seen:
         draw(pipe, "a cat " * 300 + "and a lighthouse", seed=0)
+    assert any(re.search("lighthouse.* is cut off", str(one.message)) for one in seen)
 
 
 @pytest.mark.parametrize(
