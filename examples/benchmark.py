@@ -12,17 +12,16 @@ shows medians.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from statistics import median
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from cli import DTYPES, at_least, run
 from minidit import MMDiT, MMDiTConfig, NextDiT, NextDiTConfig
 from ras import KVCache
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 VARIANTS = {  # the official configs
     "sd3": MMDiTConfig(),
     "sd3.5-medium": MMDiTConfig(
@@ -81,12 +80,11 @@ def parse_args() -> argparse.Namespace:
     add("--repeats", type=int, default=5)
     add("--threads", type=int, help="CPU threads, default: what torch takes")
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
     if args.size < 16 or args.size % 16:
         parser.error(f"--size is {args.size}, must be a positive multiple of 16")
-    if min(args.layers, args.batch, args.repeats) < 1:
-        parser.error("--layers, --batch and --repeats must be at least 1")
+    at_least(parser, args, layers=1, batch=1, repeats=1, threads=1)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     bad = [ratio for ratio in args.ratios if not 0 < ratio < 1]
     if bad:
         parser.error(f"--ratios has {bad[0]}, must be in (0, 1)")
@@ -159,7 +157,4 @@ def count_flops(args: argparse.Namespace, ratio: float) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
+    run(main)

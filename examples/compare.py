@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from PIL import Image
 
 import minidit
 import ras
+from cli import at_least, run
 from pictures import check_writable, heat_image, labelled, save, sheet, step_map
 
 
@@ -78,7 +78,9 @@ def parse_args() -> argparse.Namespace:
     add("--out", type=Path, default=Path("compare.png"))
     add("--steps-map", type=Path, metavar="FILE", help="active tokens of every step, last ratio")
     add("--gif", type=Path, metavar="FILE", help="the same as an animation")
-    return parser.parse_args()
+    args = parser.parse_args()
+    at_least(parser, args, steps=1)
+    return args
 
 
 def psnr(image: Image.Image, reference: Image.Image) -> float:
@@ -105,7 +107,4 @@ def side_by_side(out: minidit.Output, step: int) -> Image.Image:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, KeyError, RuntimeError) as error:
-        sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
+    run(main)

@@ -14,6 +14,7 @@ and SSIM pictures; mean and 95 % interval over all prompts and seeds.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -29,10 +30,11 @@ import numpy as np
 import torch
 
 import minidit
+from cli import DTYPES, at_least, run
 from compare import psnr
+from pictures import check_writable
 from quality import picture_name, read_captions
 from ras import RASConfig
-from sample import DTYPES
 
 PROMPTS = (
     "red apple on a sky blue background",
@@ -333,17 +335,15 @@ def parse_args() -> argparse.Namespace:
     add("--images", type=Path, help="folder for the pictures, one folder a setting")
     add("--plot", type=Path, help="picture of the table, needs matplotlib")
     args = parser.parse_args()
-    for name, least in (("seeds", 1), ("batch", 1), ("ode_steps", 0)):
-        if getattr(args, name) < least:
-            option = name.replace("_", "-")
-            parser.error(f"--{option} is {getattr(args, name)}, must be at least {least}")
+    at_least(parser, args, seeds=1, steps=1, batch=1, ode_steps=0)
+    if args.plot is not None:
+        check_writable(args.plot)
+        if importlib.util.find_spec("matplotlib") is None:
+            parser.error('--plot needs matplotlib: pip install -e ".[plots]"')
     if args.captions is not None:
         args.prompts = read_captions(args.captions)
     return args
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, KeyError, RuntimeError) as error:
-        sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
+    run(main)

@@ -14,12 +14,13 @@ hub: CLIP ViT-B/16, and the Inception network of the original FID.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
 from PIL import Image
 from tqdm import tqdm
+
+from cli import run
 
 CLIP = "openai/clip-vit-base-patch16"
 
@@ -65,8 +66,11 @@ def parse_args() -> argparse.Namespace:
 
 
 def read_captions(path: Path) -> list[str]:
-    """The lines of a text file that are not empty."""
-    return [line for line in path.read_text("utf-8").splitlines() if line]
+    """The lines of a text file that are not empty. Raises ValueError if there is none."""
+    captions = [line for line in path.read_text("utf-8").splitlines() if line]
+    if not captions:
+        raise ValueError(f"{path} has no captions, must have one a line")
+    return captions
 
 
 def picture_name(number: int, seed: int) -> str:
@@ -106,7 +110,4 @@ def read(path: Path) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run(main)

@@ -17,9 +17,8 @@ import torch
 
 import minidit
 import ras
+from cli import DTYPES, run
 from pictures import active_map, check_writable, save
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def main() -> None:
@@ -157,9 +156,4 @@ def memory_line(pipe, device: str) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, KeyError, RuntimeError) as error:
-        sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped")
+    run(main)

@@ -46,6 +46,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import minidit
+from cli import at_least, run
 from minidit.flow import SchedulerConfig
 from pictures import check_writable, sheet
 from pictures import save as save_image
@@ -308,6 +309,8 @@ def main() -> None:
     sub.add_argument("--out", type=Path, default=Path("sheet.png"))
 
     args = parser.parse_args()
+    fewest = 0 if args.command == "vae" else 1  # a VAE taken over needs none
+    at_least(parser, args, threads=1, steps=fewest, batch=1, warmup=1, cooldown=0)
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
     if args.command == "vae":
@@ -338,4 +341,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

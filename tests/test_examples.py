@@ -173,6 +173,39 @@ def test_evaluate_without_scikit_image_leaves_out_ssim(run, capsys, monkeypatch)
     assert "| 99.0 ± 0.0 | nan ± nan |" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        ("evaluate --steps 0", "--steps is 0, must be at least 1"),
+        ("evaluate --ode-steps -1", "--ode-steps is -1, must be at least 0"),
+        ("evaluate --settings best", "invalid choice: 'best' (choose from"),
+        ("evaluate --plot table.docx", "table.docx has no picture's ending"),
+        ("evaluate --captions empty.txt", "empty.txt has no captions, must have one a line"),
+        ("evaluate --captions missing.txt", "missing.txt"),
+        ("compare --steps 0", "--steps is 0, must be at least 1"),
+        ("compare --ratios 2", "ratio is 2.0, must be in (0, 1]"),
+        ("compare --ras-preset best", "there is no preset 'best', only default"),
+        ("benchmark --layers 0", "--layers is 0, must be at least 1"),
+        ("benchmark --size 100", "--size is 100, must be a positive multiple of 16"),
+        ("quality . --captions empty.txt", "empty.txt has no captions"),
+        ("train sheet --model mini-sd3 --out sheet.docx", "sheet.docx has no picture's ending"),
+        ("train measure --model mini-sd3 --ras-preset best", "there is no preset 'best'"),
+        ("train measure --model missing", "there is no file or folder missing"),
+        ("train train --run r --steps 0", "--steps is 0, must be at least 1"),
+        ("train train --run r --family sdxl", "invalid choice: 'sdxl'"),
+        ("train train --run r --size 100", "no r/data/sd3-100.npy; make it with"),
+        ("train prepare --run r --sizes 40", "size is 40, must be a multiple of 16 up to 256"),
+        ("train prepare --run r --colours 18", "colours is 18, must be within 1..17"),
+    ],
+)
+def test_scripts_say_what_is_wrong_and_write_nothing(run, tmp_path, capsys, command, sentence):
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises((ValueError, OSError, KeyError, SystemExit)) as error:
+        run(*command.split())
+    assert sentence in str(error.value) + capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
+
+
 @pytest.mark.slow
 def test_evaluate_makes_the_same_table_with_two_processes(run, tmp_path, capsys):
     run("evaluate", *EVALUATE)

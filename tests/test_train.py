@@ -394,6 +394,8 @@ def test_measure_prints_finite_numbers_dense_and_with_ras(packages, capsys, monk
     assert all(np.isfinite(float(value)) for result in results for value in result.values())
     assert results[0]["vae_psnr"] == results[1]["vae_psnr"]
     assert results[0]["frechet"] != results[1]["frechet"]
+    with pytest.raises(ValueError, match="count is 1, must be within 2.."):
+        command(monkeypatch, *args, "--count", "1")
 
 
 def test_frechet_distance_of_gaussians():

@@ -98,13 +98,23 @@ def train_vae(
 
 
 def prepare(family: str, run: Path, packages: Path, sizes: list[int], colours: int) -> None:
-    """Tokenizers, and the latents of every name on `colours` colours, at each size in pixels."""
+    """Tokenizers, and the latents of every name on `colours` colours, at each size in pixels.
+
+    Raises ValueError, before anything is written, for a size that is no multiple of 16 up to 256
+    and for a number of colours outside 1..17.
+    """
+    wrong = [size for size in sizes if size % 16 or not 0 < size <= models.PIXELS]
+    if wrong:
+        raise ValueError(f"size is {wrong[0]}, must be a multiple of 16 up to {models.PIXELS}")
+    most = len(emoji.COLOURS) - 1
+    if not 1 <= colours <= most:
+        raise ValueError(f"colours is {colours}, must be within 1..{most}")
+    vae = load_component(run, "vae")
     found = emoji.find_emoji(packages)
     names, groups = [e.name for e in found], [e.group for e in found]
     folder = run / "data"
     write_json(folder / "emoji.json", {"names": names, "groups": groups})
     write_tokenizers(family, names, run)
-    vae = load_component(run, "vae")
     for size in sizes:
         path, part = folder / f"{family}-{size}.npy", folder / f"{family}-{size}.part"
         if path.is_file():

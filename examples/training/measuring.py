@@ -39,9 +39,12 @@ def measure(
     background   mean absolute error of the corners, 0 to 255 a channel
     frechet      Frechet distance between drawn and real pictures, by mean and covariance of the VAE
                  latents' averages over quarters
+    Raises ValueError for a count that is not within 2 and the number of names.
     """
     pipe = minidit.load(model)
     found = emoji.find_emoji(packages)
+    if not 2 <= count <= len(found):
+        raise ValueError(f"count is {count}, must be within 2..{len(found)}")
     small = [emoji.read(one, 64) for one in found]
     colours = list(emoji.COLOURS.items())
     numbers = random.Random(seed).sample(range(len(found)), count)

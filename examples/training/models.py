@@ -99,7 +99,6 @@ def sd3_networks(clip_vocab: int, t5_vocab: int) -> list[nn.Module]:
 
 def lumina_networks(gemma_vocab: int) -> list[nn.Module]:
     """Next-DiT and Gemma in small: as many layers as our SD3, wider, for it has one stream."""
-
     width, text = 320, 256
     transformer = NextDiT(
         NextDiTConfig(
