@@ -21,8 +21,11 @@ TINY = ["a cat", "--model", str(GOLDENS / "pipe_sd3"), "--size", "48x32", "--gui
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
-    """Run examples/NAME.py's main in this process, in an empty folder."""
+    """Run examples/NAME.py's main in this process, in an empty folder, without what it changes for
+    the whole process."""
     monkeypatch.chdir(tmp_path)
+    for name in ("set_num_threads", "set_flush_denormal"):
+        monkeypatch.setattr(torch, name, lambda value: None)
 
     def run(name: str, *args: str):
         module = importlib.import_module(name)
