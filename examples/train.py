@@ -303,6 +303,7 @@ def main() -> None:
     sub.add_argument("--count", type=int, default=200)
     sub.add_argument("--ras-preset", help="draw with RAS, default: dense")
     sub.add_argument("--steps", type=int, help="default: what the model asks for")
+    sub.add_argument("--guidance", type=float, help="default: what the model asks for")
 
     sub = command("sheet", "draw the fixed prompts with a model, all with seed 0")
     sub.add_argument("--model", required=True)
@@ -335,7 +336,7 @@ def main() -> None:
         print(f"wrote {args.out}")
     else:
         ras = RASConfig.preset(args.ras_preset) if args.ras_preset else None
-        values = measure(args.model, args.packages, args.count, ras, args.steps)
+        values = measure(args.model, args.packages, args.count, ras, args.steps, args.guidance)
         for name, value in values.items():
             print(f"{name:12s} {value:.3f}")
 

@@ -28,7 +28,7 @@ from training.optim import autocast
 @torch.no_grad()
 def measure(
     model: Path, packages: Path, count: int, ras: RASConfig | None = None,
-    steps: int | None = None, batch: int = 20, seed: int = 1,
+    steps: int | None = None, guidance: float | None = None, batch: int = 20, seed: int = 1,
 ) -> dict[str, float]:  # fmt: skip
     """How good a model's pictures are, on pairings of name and colour that it never saw, drawn
     with RAS or without.
@@ -54,7 +54,7 @@ def measure(
         pairs = [(i, *colours[emoji.held_out(i)]) for i in part]
         prompts = [emoji.caption(found[i].name, colour) for i, colour, _ in pairs]
         with autocast():
-            out = pipe(prompts, steps=steps, seed=seed + start, ras=ras)
+            out = pipe(prompts, steps=steps, guidance=guidance, seed=seed + start, ras=ras)
         drawn.append(out.latents)
         for (i, _, value), image in zip(pairs, out.images, strict=True):
             rivals = np.stack([emoji.compose(picture, [value])[0] for picture in small])
