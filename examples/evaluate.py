@@ -14,7 +14,6 @@ and SSIM pictures; mean and 95 % interval over all prompts and seeds.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import os
@@ -337,9 +336,11 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     at_least(parser, args, seeds=1, steps=1, batch=1, ode_steps=0)
     if args.plot is not None:
-        check_writable(args.plot)
-        if importlib.util.find_spec("matplotlib") is None:
+        try:
+            from matplotlib.backend_bases import FigureCanvasBase
+        except ImportError:
             parser.error('--plot needs matplotlib: pip install -e ".[plots]"')
+        check_writable(args.plot, {f".{kind}" for kind in FigureCanvasBase.filetypes})
     if args.captions is not None:
         args.prompts = read_captions(args.captions)
     return args

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -59,9 +59,10 @@ def sheet(rows: Sequence[Sequence[Image.Image]], gap: int = 4) -> Image.Image:
     return canvas
 
 
-def check_writable(path: Path) -> None:
-    """Raise ValueError now rather than after minutes of sampling."""
-    if path.suffix.lower() not in Image.registered_extensions():
+def check_writable(path: Path, endings: Collection[str] | None = None) -> None:
+    """Raise ValueError now rather than after minutes of sampling; endings are those that the
+    writer knows, Pillow's where not given."""
+    if path.suffix.lower() not in (endings or Image.registered_extensions()):
         raise ValueError(f"{path} has no picture's ending, e.g. .png or .jpg")
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise ValueError(f"{path} can't be written: {path.parent} must be a writable folder")

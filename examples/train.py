@@ -277,9 +277,8 @@ def main() -> None:
 
     sub = command("prepare", "train the tokenizers and encode the pictures")
     sub.add_argument("--sizes", type=int, nargs="+", default=[128, 256])
-    most = len(emoji.COLOURS) - 1
     sub.add_argument(
-        "--colours", type=int, default=most, help="colours a name, at most %(default)s"
+        "--colours", type=int, default=emoji.SHOWN, help="colours a name, at most %(default)s"
     )
 
     sub = command("text", "teach the text encoders what the pictures look like")

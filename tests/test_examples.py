@@ -183,6 +183,7 @@ def test_evaluate_without_scikit_image_leaves_out_ssim(run, capsys, monkeypatch)
         ("evaluate --ode-steps -1", "--ode-steps is -1, must be at least 0"),
         ("evaluate --settings best", "invalid choice: 'best' (choose from"),
         ("evaluate --plot table.docx", "table.docx has no picture's ending"),
+        ("evaluate --plot missing/table.svg", "missing must be a writable folder"),
         ("evaluate --captions empty.txt", "empty.txt has no captions, must have one a line"),
         ("evaluate --captions missing.txt", "missing.txt"),
         ("compare --steps 0", "--steps is 0, must be at least 1"),

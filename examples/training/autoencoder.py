@@ -106,9 +106,8 @@ def prepare(family: str, run: Path, packages: Path, sizes: list[int], colours: i
     wrong = [size for size in sizes if size % 16 or not 0 < size <= models.PIXELS]
     if wrong:
         raise ValueError(f"size is {wrong[0]}, must be a multiple of 16 up to {models.PIXELS}")
-    most = len(emoji.COLOURS) - 1
-    if not 1 <= colours <= most:
-        raise ValueError(f"colours is {colours}, must be within 1..{most}")
+    if not 1 <= colours <= emoji.SHOWN:
+        raise ValueError(f"colours is {colours}, must be within 1..{emoji.SHOWN}")
     vae = load_component(run, "vae")
     found = emoji.find_emoji(packages)
     names, groups = [e.name for e in found], [e.group for e in found]

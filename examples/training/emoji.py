@@ -53,6 +53,8 @@ COLOURS: dict[str, Colour] = {
     "beige": (235, 220, 185),
 }
 
+SHOWN = len(COLOURS) - 1  # colours that training shows a name on: one is held out
+
 
 @dataclass(frozen=True)
 class Emoji:
@@ -132,7 +134,7 @@ def held_out(index: int) -> int:
     return 1 + 7 * index % (len(COLOURS) - 1)
 
 
-def shown(index: int, count: int = len(COLOURS) - 1) -> list[int]:
+def shown(index: int, count: int = SHOWN) -> list[int]:
     """`count` colour numbers that training shows name number `index` on, evenly spread."""
     colours = [j for j in range(len(COLOURS)) if j != held_out(index)]
     return [colours[(5 * index + 3 * k) % len(colours)] for k in range(count)]
