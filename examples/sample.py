@@ -18,6 +18,7 @@ import torch
 import minidit
 import ras
 from cli import DTYPES, run
+from minidit.scheduler import SOLVERS
 from pictures import active_map, check_writable, save
 
 
@@ -34,7 +35,7 @@ def main() -> None:
     clock = StepClock(args.device)
     out = pipe(
         args.prompt, args.negative, height, width, args.steps, args.guidance, args.seed,
-        num_images=args.n, ras=config, callback=clock, progress=True, order=args.order,
+        num_images=args.n, ras=config, callback=clock, progress=True, solver=args.solver,
     )  # fmt: skip
     seconds = time.perf_counter() - clock.begin
     for i, image in enumerate(out.images):
@@ -64,7 +65,7 @@ def parse_args() -> argparse.Namespace:
     add("--ras-preset", default=None, metavar="NAME", help=f"one of {', '.join(ras.PRESETS)}")
     add("--active-map", type=Path, metavar="FILE", help="picture of how often regions were active")
     add("--steps", type=int, help="default: what the model asks for")
-    add("--order", type=int, default=1, help="1: Euler steps, 2: Adams-Bashforth steps")
+    add("--solver", choices=SOLVERS, help="euler, or corrected: second order at no cost")
     add("--size", type=size, metavar="WxH", help="pixels, e.g. 1024x768")
     add("--seed", type=int, default=0)
     add("--negative", default="", metavar="PROMPT", help="what the picture should not show")

@@ -47,7 +47,7 @@ from torch import Tensor, nn
 
 import minidit
 from cli import at_least, run
-from minidit.flow import SchedulerConfig
+from minidit.scheduler import SchedulerConfig
 from pictures import check_writable, sheet
 from pictures import save as save_image
 from ras import RASConfig

@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from minidit.flow import Callback, SchedulerConfig, denoise, flow_sigmas
-from ras import RASConfig, Trace
+from minidit.flow import Callback, check_ras, denoise
+from minidit.scheduler import SchedulerConfig
+from ras import RASConfig, Trace, Upstream
 
 Prompts = str | Sequence[str]
 Cond = dict[str, Any]
@@ -60,14 +61,14 @@ class SD3Pipeline:
         seed: int | None = None,
         latents: Tensor | None = None,
         num_images: int = 1,
-        ras: RASConfig | None = None,
+        ras: RASConfig | Upstream | None = None,
         callback: Callback | None = None,
         progress: bool = False,
         max_sequence_length: int = 256,
         use_t5: bool = True,
         prompt_2: Prompts | None = None,
         prompt_3: Prompts | None = None,
-        order: int = 1,
+        solver: str | None = None,
     ) -> Output:
         """Draw `num_images` pictures of every prompt.
 
@@ -77,7 +78,8 @@ class SD3Pipeline:
                         batch; None draws a seed, which the output tells
         latents         noise of one's own (B, C, height / 8, width / 8) instead of a seed
         ras             a RASConfig for Region-Adaptive Sampling, None for dense
-        callback, order see `minidit.denoise`
+        callback        see `minidit.denoise`
+        solver          "euler" or "corrected"; what the model's scheduler file says if not given
         max_sequence_length  T5 tokens, at most what its tokenizer allows
         use_t5          False leaves T5 out even if it is there
         prompt_2, prompt_3   other texts for CLIP-G and T5 than for CLIP-L
@@ -99,7 +101,7 @@ class SD3Pipeline:
 
         return _generate(
             self, encode, prompt, negative_prompt, height, width, steps, guidance, seed, latents,
-            num_images, ras, callback, progress, order,
+            num_images, ras, callback, progress, solver,
         )  # fmt: skip
 
     def encode(
@@ -164,12 +166,12 @@ class LuminaPipeline:
         seed: int | None = None,
         latents: Tensor | None = None,
         num_images: int = 1,
-        ras: RASConfig | None = None,
+        ras: RASConfig | Upstream | None = None,
         callback: Callback | None = None,
         progress: bool = False,
         scaling_watershed: float = 1.0,
         proportional_attn: bool = True,
-        order: int = 1,
+        solver: str | None = None,
     ) -> Output:
         """Draw `num_images` pictures of every prompt: the arguments of `SD3Pipeline`, and
 
@@ -185,7 +187,7 @@ class LuminaPipeline:
 
         return _generate(
             self, encode, prompt, negative_prompt, height, width, steps, guidance, seed, latents,
-            num_images, ras, callback, progress, order,
+            num_images, ras, callback, progress, solver,
         )  # fmt: skip
 
     def encode(self, prompts: list[str], negative: list[str] | None = None) -> Cond:
@@ -208,21 +210,20 @@ class LuminaPipeline:
 def _generate(
     pipe: Any, encode: Any, prompt: Prompts, negative_prompt: Prompts, height: int | None,
     width: int | None, steps: int | None, guidance: float | None, seed: int | None,
-    latents: Tensor | None, num_images: int, ras: RASConfig | None, callback: Callback | None,
-    progress: bool, order: int,
+    latents: Tensor | None, num_images: int, ras: Any, callback: Callback | None,
+    progress: bool, solver: str | None,
 ) -> Output:  # fmt: skip
     """What both families do: check, encode, draw noise, denoise, decode."""
     prompts = _texts(prompt, None, "prompt")
     negative = _texts(negative_prompt, len(prompts), "negative_prompt")
     if not isinstance(num_images, int) or num_images < 1:
         raise ValueError(f"num_images is {num_images!r}, must be an integer of at least 1")
-    if ras is not None and not isinstance(ras, RASConfig):
-        raise ValueError(f"ras is {ras!r}, must be a ras.RASConfig or None")
-    steps = pipe.scheduler.default_steps if steps is None else steps
+    check_ras(ras)
+    solver = pipe.scheduler.default_solver if solver is None else solver
+    steps = pipe.scheduler.steps(solver) if steps is None else steps
     guidance = pipe.scheduler.default_guidance if guidance is None else guidance
     if isinstance(guidance, bool) or not isinstance(guidance, int | float) or not guidance >= 1:
         raise ValueError(f"guidance is {guidance!r}, must be a number of at least 1 (1 is off)")
-    sigmas = flow_sigmas(steps, pipe.scheduler.shift)
     count = len(prompts) * num_images
     if latents is None:
         shape = _latent_shape(pipe, height, width)
@@ -232,6 +233,8 @@ def _generate(
     else:
         seed = None
         _check_latents(pipe, latents, count, height, width)
+    tokens = latents.shape[-2] * latents.shape[-1] // pipe.transformer.config.patch_size**2
+    sigmas = pipe.scheduler.sigmas(steps, solver, tokens)
     with torch.no_grad():
         cond, uncond = encode(prompts, negative if guidance != 1 else None)
         if num_images > 1:
@@ -239,7 +242,8 @@ def _generate(
         with _running(pipe, pipe.transformer) as transformer:
             latents, trace = denoise(
                 transformer, latents.to(pipe.device), sigmas, cond, uncond, guidance,
-                ras=ras, callback=callback, progress=progress, order=order,
+                ras=ras, correct=solver == "corrected", callback=callback,
+                progress=progress,
             )  # fmt: skip
         with _running(pipe, pipe.vae) as vae:
             images = [to_image(vae.decode(latent[None])[0]) for latent in latents]

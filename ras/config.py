@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
-from ras.reuse import REUSE
-from ras.scores import SCORES
+from ras.plan import Step, is_count, is_number, plan_steps
+from ras.select import SCORES, History, Region, select_tokens
 from ras.upstream import Upstream
 
 
@@ -18,55 +17,43 @@ class RASConfig:
     fall        the ratio falls linearly by this much from the first to the last regional step, its
                 mean staying `ratio`; 0 keeps it constant
     start       dense steps at the beginning: a number of at least 1, or a share in (0, 1) of the
-                run
-    end         last step that may be regional: its index, or a share in (0, 1) of the run that it
-                ends, None for the last of the run; later ones are dense
+                run; a run that is no longer than that is dense
+    end         the last regional step: an index, or where it lies in the run as a share in (0, 1);
+                None for the last step of the run. Later steps are dense
     refresh     dense steps in between: their indices, or a number or a share in (0, 1) of the steps
                 start..end to spread evenly over them (fewer where the range is too short for it)
-    score       a name in ras.SCORES: what the velocity says of a token
+    score       a name in ras.SCORES: what the last velocities say of a token
     prefer      "low" or "high": which end of the score is active. The paper finds the main subject
                 at the low end of "std" (section 3.3)
     starvation  weight k of the exponent in Eq. 1, at least 0: a token becomes likelier to be active
-                by a factor exp(k) in score per stale step, whatever `prefer` is
-    starved_by  "age": steps since the token was last active; "skips": all its stale steps so far,
-                as in the paper
-    max_stale   no token stays stale for more than this many steps in a row; None for no bound
-    reuse       a name in ras.REUSE: the velocity of stale tokens
-    correct     True: a token that is computed again takes back what its guesses got wrong (see
-                ras/correct.py)
-    cache       "hold": stale tokens are attended to by the keys and values of the last time that
-                they were computed (section 3.4 of the paper); "extrapolate": by a line in sigma
-                through those of the last two dense steps, at twice the memory
-    seed        of score="random"
-    official    settings of microsoft/RAS, made by `RASConfig.upstream(...)`: they reproduce it
-                exactly and replace all of the above
+                by a factor exp(k) in score per step that it was stale for, whatever `prefer` is
 
+    Anything else with methods `plan` and `select` like these can take its place, as Upstream does.
     Raises ValueError for anything outside these ranges.
     """
 
-    ratio: float = 0.1
+    ratio: float = 0.25
     fall: float = 0.0
     start: int | float = 0.2
     end: int | float | None = None
     refresh: int | float | tuple[int, ...] = 0.5
-    score: str = "drift"
+    score: str = "error"
     prefer: str = "high"
     starvation: float = 0.0
-    starved_by: str = "age"
-    max_stale: int | None = None
-    reuse: str = "extrapolate"
-    correct: bool = False
-    cache: str = "hold"
-    seed: int = 0
-    official: Upstream | None = None
 
     def __post_init__(self) -> None:
         def require(ok: bool, name: str, allowed: str) -> None:
             if not ok:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, must be {allowed}")
+                raise ValueError(f"{name} is {getattr(self, name)!r:.80}, must be {allowed}")
+
+        def share(value: object) -> bool:
+            return is_number(value) and not is_count(value) and 0 < value < 1
+
+        def steps(value: object, least: int) -> bool:
+            return share(value) or (is_count(value) and value >= least)
 
         for name in ("ratio", "fall", "starvation"):
-            require(_is_number(getattr(self, name)), name, "a number")
+            require(is_number(getattr(self, name)), name, "a number")
         require(0 < self.ratio <= 1, "ratio", "in (0, 1]")
         low, high = self.ratio - abs(self.fall) / 2, self.ratio + abs(self.fall) / 2
         if not (low > 0 and high <= 1):
@@ -74,90 +61,57 @@ class RASConfig:
                 f"fall is {self.fall} around a ratio of {self.ratio}, "
                 f"which spans {low:g} to {high:g}; must stay in (0, 1]"
             )
-        shares = [
-            x for x in (self.start, self.end, self.refresh) if isinstance(x, float) and 0 < x < 1
-        ]
-        least = "a number of steps of at least 1, or a share in (0, 1)"
-        require((_is_int(self.start) and self.start >= 1) or self.start in shares, "start", least)
-        first = self.start if _is_int(self.start) else 1
-        ok = self.end is None or _is_int(self.end) or self.end in shares
-        require(ok, "end", "None, a step number, or a share in (0, 1)")
-        if _is_int(self.end) and self.end < first:
+        require(
+            steps(self.start, 1), "start", "a number of steps of at least 1, or a share in (0, 1)"
+        )
+        first = self.start if is_count(self.start) else 1
+        allowed = "None, a step number, or a share in (0, 1)"
+        require(self.end is None or is_count(self.end) or share(self.end), "end", allowed)
+        if is_count(self.end) and self.end < first:
             raise ValueError(f"end is {self.end}, must be at least start = {first}")
         if isinstance(self.refresh, list):
             object.__setattr__(self, "refresh", tuple(self.refresh))
         if isinstance(self.refresh, tuple):
-            ok = all(_is_int(step) and step >= first for step in self.refresh)
+            ok = all(is_count(step) and step >= first for step in self.refresh)
             require(ok, "refresh", f"step numbers from start = {first} on")
         else:
-            ok = (_is_int(self.refresh) and self.refresh >= 0) or self.refresh in shares
-            require(ok, "refresh", "a number of steps, a share in (0, 1), or step numbers")
-        require(self.score in SCORES, "score", f"one of {', '.join(SCORES)}")
+            allowed = "a number of steps, a share in (0, 1), or step numbers"
+            require(steps(self.refresh, 0), "refresh", allowed)
+        known = isinstance(self.score, str) and self.score in SCORES
+        require(known, "score", f"one of {', '.join(SCORES)}")
         require(self.prefer in ("low", "high"), "prefer", "'low' or 'high'")
         require(0 <= self.starvation < float("inf"), "starvation", "a finite number of at least 0")
-        require(self.starved_by in ("age", "skips"), "starved_by", "'age' or 'skips'")
-        bound = self.max_stale
-        require(bound is None or (_is_int(bound) and bound >= 1), "max_stale", "None or at least 1")
-        require(self.reuse in REUSE, "reuse", f"one of {', '.join(REUSE)}")
-        require(isinstance(self.correct, bool), "correct", "True or False")
-        require(self.cache in ("hold", "extrapolate"), "cache", "'hold' or 'extrapolate'")
-        require(_is_int(self.seed), "seed", "an integer")
 
-    @classmethod
-    def preset(cls, name: str) -> RASConfig:
+    def plan(self, steps: int, tokens: int) -> tuple[Step, ...]:
+        """What every step of a run does: see `ras.plan`."""
+        return plan_steps(self, steps, tokens)
+
+    def select(self, history: History, step: Step) -> Region:
+        """The active tokens of the next step; the others hold the velocity that they have."""
+        return Region(select_tokens(self, history, step.active), history.velocity)
+
+    def with_ratio(self, ratio: float) -> RASConfig:
+        """The same configuration at another share of active tokens."""
+        return replace(self, ratio=ratio)
+
+    @staticmethod
+    def preset(name: str) -> RASConfig | Upstream:
         """A named configuration: see `PRESETS`. Raises KeyError for an unknown name."""
         if name not in PRESETS:
             raise KeyError(f"there is no preset {name!r}, only {', '.join(PRESETS)}")
         return PRESETS[name]
 
-    @classmethod
-    def upstream(cls, **settings: Any) -> RASConfig:
-        """microsoft/RAS with its own names and defaults, token for token: see `ras.Upstream`.
 
-        Raises ValueError for unknown names and for values with which the official code crashes.
-        """
-        known = [field.name for field in fields(Upstream)]
-        unknown = [name for name in settings if name not in known]
-        if unknown:
-            raise ValueError(f"upstream has no setting {unknown[0]!r}, only {', '.join(known)}")
-        return cls(reuse="hold", official=Upstream(**settings))
-
-    def with_ratio(self, ratio: float) -> RASConfig:
-        """The same configuration at another share of active tokens."""
-        if self.official is None:
-            return replace(self, ratio=ratio)
-        return replace(self, official=replace(self.official, sample_ratio=ratio))
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return _is_int(value) or isinstance(value, float)
-
-
-PRESETS = {
-    # What measures best on the embedded models (docs/ras.md): the last steps are long in sigma,
-    # which makes stale velocities dear, so they are dense.
-    "default": RASConfig(ratio=0.05, start=0.12, end=0.85, cache="extrapolate", correct=True),
+PRESETS: dict[str, RASConfig | Upstream] = {
+    # What measures best on the embedded models with the corrected solver (docs/ras.md).
+    "default": RASConfig(),
     # The paper as written: low std is active (3.3), D counts drops and lets long-stale tokens
     # recover (3.4), first 4 of 28 steps dense, refresh at 12 and 20 of 30 (3.5). Neither k nor how
     # far the ratio falls is given.
     "paper": RASConfig(
-        ratio=0.5,
-        fall=0.25,
-        start=4,
-        refresh=2,
-        score="std",
-        prefer="low",
-        starvation=1.0,
-        starved_by="skips",
-        reuse="hold",
-    ),  # fmt: skip
-    # The two official scripts, as they run: starvation_scale is parsed but never applied (D01).
-    "upstream_sd3": RASConfig.upstream(
-        high_ratio=0.3, scheduler_end_step=28, error_reset_steps=(12, 20)
+        ratio=0.5, fall=0.25, start=4, refresh=2, score="std", prefer="low", starvation=1.0
     ),
-    "upstream_lumina": RASConfig.upstream(skip_num_step=256, skip_num_step_length=4),
+    # The two official scripts, as they run: starvation_scale is parsed but never applied (D01).
+    "upstream_sd3": Upstream(high_ratio=0.3, scheduler_end_step=28, error_reset_steps=(12, 20)),
+    "upstream_lumina": Upstream(skip_num_step=256, skip_num_step_length=4),
 }

@@ -2,43 +2,51 @@
 
 from __future__ import annotations
 
-from ras.config import RASConfig
-from ras.steps import Step
-from ras.upstream import plan_upstream
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from ras.config import RASConfig
+    from ras.upstream import Upstream
 
 
-def plan(config: RASConfig, steps: int, tokens: int) -> tuple[Step, ...]:
+class Step(NamedTuple):
+    """What a step does: whether it is `regional` or dense, and how many tokens are `active`."""
+
+    regional: bool
+    active: int
+
+
+def plan(config: RASConfig | Upstream, steps: int, tokens: int) -> tuple[Step, ...]:
     """Every step of a run of `steps` steps over `tokens` image tokens, known before the first one.
 
-    Dense are the first `start` steps, the refresh steps and everything after `end`; the others are
-    regional with round(ratio * tokens) active tokens, at least 1; all tokens active means dense.
-    Raises ValueError where the config does not fit a run of this length.
+    Raises ValueError where the config does not fit a run of this length and size.
     """
-    if steps < 1 or tokens < 1:
-        raise ValueError(f"steps is {steps} and tokens {tokens}, both must be at least 1")
-    if config.official is not None:
-        return plan_upstream(config.official, steps, tokens)
-    if config.ratio == 1:
-        return (Step(False, tokens),) * steps
+    for name, value in (("steps", steps), ("tokens", tokens)):
+        if not is_count(value) or value < 1:
+            raise ValueError(f"{name} is {value!r}, must be an integer of at least 1")
+    return config.plan(steps, tokens)
+
+
+def plan_steps(config: RASConfig, steps: int, tokens: int) -> tuple[Step, ...]:
+    """The plan of a RASConfig.
+
+    Dense are the first `start` steps, the refresh steps and everything after `end`; the others are
+    regional with round(ratio * tokens) active tokens, at least 1. All tokens active means dense,
+    and so is a run that is too short for a regional step.
+    """
     start = max(1, _steps(config.start, steps))
-    if start >= steps:
-        raise ValueError(
-            f"start is {config.start}, must leave a regional step of the {steps} in the run"
-        )
     end = steps - 1 if config.end is None else config.end
-    if isinstance(end, float):
+    if not is_count(end):
         end = max(start, round(end * steps) - 1)
+    if config.ratio == 1 or start >= steps:
+        return (Step(False, tokens),) * steps
     if not start <= end < steps:
         raise ValueError(f"end is {end}, must be within {start}..{steps - 1} in this run")
     refresh = refresh_steps(config.refresh, start, end)
     regional = [t for t in range(start, end + 1) if t not in refresh]
     counts = dict(zip(regional, _counts(config, len(regional), tokens), strict=True))
-    if config.max_stale is not None and counts:
-        _check_bound(config.max_stale, min(counts.values()), tokens)
-    return tuple(
-        Step(True, counts[t], True) if counts.get(t, tokens) < tokens else Step(False, tokens)
-        for t in range(steps)
-    )
+    return tuple(Step(counts.get(t, tokens) < tokens, counts.get(t, tokens)) for t in range(steps))
 
 
 def refresh_steps(refresh: int | float | tuple[int, ...], start: int, end: int) -> tuple[int, ...]:
@@ -60,7 +68,7 @@ def refresh_steps(refresh: int | float | tuple[int, ...], start: int, end: int) 
 
 def _steps(value: int | float, length: int) -> int:
     """A number of steps, or a share of `length` as one."""
-    return value if isinstance(value, int) else round(value * length)
+    return int(value) if is_count(value) else round(value * length)
 
 
 def _counts(config: RASConfig, regional: int, tokens: int) -> list[int]:
@@ -73,16 +81,11 @@ def _counts(config: RASConfig, regional: int, tokens: int) -> list[int]:
     return counts
 
 
-def _check_bound(max_stale: int, fewest: int, tokens: int) -> None:
-    needed = forced_count(max_stale, tokens)
-    if fewest < needed:
-        raise ValueError(
-            f"max_stale is {max_stale}, which needs at least {needed} of {tokens} tokens active in "
-            f"every regional step, but one has only {fewest}: raise max_stale or the ratio"
-        )
+def is_count(value: object) -> bool:
+    """Whether it is an integer, numpy's included; booleans are not."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def forced_count(max_stale: int, tokens: int) -> int:
-    """How many of the longest-stale tokens a step must compute so that none is ever stale for more
-    than max_stale steps in a row: ceil(tokens / (max_stale + 1))."""
-    return -(-tokens // (max_stale + 1))
+def is_number(value: object) -> bool:
+    """Whether it is a real number, numpy's included; booleans are not."""
+    return isinstance(value, Real) and not isinstance(value, bool)

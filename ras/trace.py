@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ras.steps import Step
-from ras.tokens import mask_of
+from ras.plan import Step
 
 
 @dataclass
@@ -29,13 +28,11 @@ class Trace:
     steps: list[Step] = field(default_factory=list)
     active: list[Tensor] = field(default_factory=list)
 
-    def record(self, sigma: float, step: Step, active: Tensor | None, latents: Tensor) -> None:
-        """Add a step: active (B, K) token numbers, or None for a dense step of latents (B, ...)."""
-        N = self.grid[0] * self.grid[1]
+    def record(self, sigma: float, step: Step, computed: Tensor) -> None:
+        """Add a step that computed these tokens (B, N)."""
         self.sigmas.append(sigma)
         self.steps.append(step)
-        every = torch.ones(len(latents), N, dtype=torch.bool, device=latents.device)
-        self.active.append(every if active is None else mask_of(active, N))
+        self.active.append(computed)
 
     @property
     def token_steps(self) -> int:

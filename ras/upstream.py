@@ -10,19 +10,31 @@ B batch, N tokens.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from ras.cache import History
-from ras.scores import SCORES
-from ras.steps import Step
+from ras.plan import is_count, is_number
+from ras.select import SCORES, History, Region
+
+
+class OfficialStep(NamedTuple):
+    """A step of the official code: how many tokens are stale at the low and the high end of the
+    score, None where it selects nothing."""
+
+    regional: bool
+    active: int
+    low: int | None = None
+    high: int | None = None
 
 
 @dataclass(frozen=True)
 class Upstream:
-    """The official settings under their official names and defaults."""
+    """The official settings under their official names and defaults: `ras=Upstream(...)`.
+
+    Raises ValueError for values with which the official code crashes.
+    """
 
     sample_ratio: float = 0.5
     metric: str = "std"
@@ -35,70 +47,90 @@ class Upstream:
     skip_num_step_length: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "error_reset_steps", tuple(self.error_reset_steps))
-
         def require(ok: bool, name: str, allowed: str) -> None:
             if not ok:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, must be {allowed}")
+                raise ValueError(f"{name} is {getattr(self, name)!r:.80}, must be {allowed}")
 
+        for name in ("sample_ratio", "high_ratio", "starvation_scale"):
+            require(is_number(getattr(self, name)), name, "a number")
+        for name in ("start_step", "end_step"):
+            require(is_count(getattr(self, f"scheduler_{name}")), f"scheduler_{name}", "an integer")
+        require(is_count(self.skip_num_step), "skip_num_step", "an integer")
         require(0 < self.sample_ratio <= 1, "sample_ratio", "in (0, 1]")
         require(self.metric in ("std", "l2norm"), "metric", "'std' or 'l2norm'")
         require(0 < self.high_ratio <= 1, "high_ratio", "in (0, 1]")
         require(math.isfinite(self.starvation_scale), "starvation_scale", "a finite number")
-        require(self.scheduler_start_step >= 1, "scheduler_start_step", "at least 1")
-        start = self.scheduler_start_step
+        start, length = self.scheduler_start_step, self.skip_num_step_length
+        require(start >= 1, "scheduler_start_step", "at least 1")
         require(self.scheduler_end_step >= start, "scheduler_end_step", f"at least {start}")
-        require(all(t >= 0 for t in self.error_reset_steps), "error_reset_steps", "at least 0")
-        require(self.skip_num_step_length >= 0, "skip_num_step_length", "at least 0")
+        resets = self.error_reset_steps
+        ok = isinstance(resets, tuple | list) and all(is_count(t) and t >= 0 for t in resets)
+        require(ok, "error_reset_steps", "step numbers of at least 0")
+        object.__setattr__(self, "error_reset_steps", tuple(resets))
+        require(is_count(length) and length >= 0, "skip_num_step_length", "at least 0")
 
+    def with_ratio(self, ratio: float) -> Upstream:
+        """The same settings at another share of active tokens."""
+        return replace(self, sample_ratio=ratio)
 
-def plan_upstream(settings: Upstream, steps: int, tokens: int) -> tuple[Step, ...]:
-    """The plan of the official code. Raises ValueError where that code crashes or drops all."""
-    s, start, end = settings, settings.scheduler_start_step, settings.scheduler_end_step
-    late = [t for t in s.error_reset_steps if t >= steps]
-    if late:
-        raise ValueError(f"error_reset_steps names step {late[0]}, must be below steps = {steps}")
-    if s.sample_ratio == 1:
-        return (Step(False, tokens),) * steps
-    plan: list[Step] = []
-    count = None  # of the last selection
-    for t in range(steps):
-        regional = start <= t <= end and t not in s.error_reset_steps
-        # the end is inclusive for being regional but exclusive for selecting (except after step 0)
-        select = regional and (t < end or t == 1)
-        if select:
-            low, high = _stale_bars(s, t, steps, tokens)
-            count = tokens - low - high
-        if regional and count is None:
-            raise ValueError(f"step {t} is regional but nothing was ever selected: raise the end")
-        plan.append(Step(True, count, select) if regional else Step(False, tokens))
-    return tuple(plan)
+    def plan(self, steps: int, tokens: int) -> tuple[OfficialStep, ...]:
+        """The plan of the official code. Raises ValueError where that code crashes or drops all."""
+        late = [t for t in self.error_reset_steps if t >= steps]
+        if late:
+            raise ValueError(
+                f"error_reset_steps names step {late[0]}, must be below steps = {steps}: take more "
+                "steps, or earlier resets"
+            )
+        dense, plan = OfficialStep(False, tokens), []
+        last = None  # the last step that selected
+        for t in range(steps):
+            regional = self.scheduler_start_step <= t <= self.scheduler_end_step
+            if not regional or t in self.error_reset_steps or self.sample_ratio == 1:
+                plan.append(dense)
+            # the end step is regional but selects nothing, except after step 0
+            elif t < self.scheduler_end_step or t == 1:
+                low, high = self._stale_bars(t, steps, tokens)
+                last = OfficialStep(True, tokens - low - high, low, high)
+                plan.append(last)
+            elif last is None:
+                raise ValueError(
+                    f"step {t} is regional but nothing was ever selected: raise scheduler_end_step"
+                )
+            else:
+                plan.append(OfficialStep(True, last.active))
+        return tuple(plan)
 
+    def _stale_bars(self, t: int, steps: int, tokens: int) -> tuple[int, int]:
+        """How many tokens step t leaves out at the low and at the high end, both rounded down."""
+        side = math.isqrt(tokens)
+        rows, columns = (side, side) if side * side == tokens else (tokens, 1)
+        stale = int((1 - self.sample_ratio) * rows * columns)
+        length = self.skip_num_step_length
+        if length:
+            group = t // length - ((steps + self.scheduler_start_step) // length) // 2
+            stale = (stale + self.skip_num_step * group) // 64 * 64
+        low, high = int(stale * (1 - self.high_ratio)), int(stale * self.high_ratio)
+        if high < 1 or low + high >= tokens:
+            advice = "take another ratio or a larger picture"
+            if length:
+                advice = (
+                    f"skip_num_step = {self.skip_num_step} changes that by as many tokens every "
+                    f"{length} steps, which suits the 4096 tokens of 1024 px: scale it with the "
+                    "number of tokens"
+                )
+            raise ValueError(
+                f"the official settings leave {stale} of {tokens} tokens out at step {t} ({low} "
+                f"low, {high} high), which the official code cannot do: at least 1 at the high end "
+                f"and at most {tokens - 1} in all; {advice}"
+            )
+        return low, high
 
-def select_upstream(settings: Upstream, history: History, steps: int) -> Tensor:
-    """Active tokens (B, K) for the step after `history`, ascending."""
-    tokens = history.velocity.shape[1]
-    low, high = _stale_bars(settings, history.step + 1, steps, tokens)
-    score = SCORES["l2" if settings.metric == "l2norm" else "std"](history)  # (B, N)
-    # Eq. 1 as coded: the factor grows with every stale step, whichever end is active
-    order = (score * torch.exp(settings.starvation_scale * history.skips)).argsort(dim=1)
-    return order[:, low : tokens - high].sort(dim=1).values
-
-
-def _stale_bars(settings: Upstream, t: int, steps: int, tokens: int) -> tuple[int, int]:
-    """How many tokens step t leaves out at the low and at the high end, both rounded down."""
-    s, side = settings, math.isqrt(tokens)
-    rows, columns = (side, side) if side * side == tokens else (tokens, 1)
-    stale = int((1 - s.sample_ratio) * rows * columns)
-    if s.skip_num_step_length:
-        length = s.skip_num_step_length
-        group = t // length - ((steps + s.scheduler_start_step) // length) // 2
-        stale = (stale + s.skip_num_step * group) // 64 * 64
-    low, high = int(stale * (1 - s.high_ratio)), int(stale * s.high_ratio)
-    if high < 1 or low + high >= tokens:
-        raise ValueError(
-            f"these settings leave {stale} of {tokens} tokens out at step {t} "
-            f"({low} low, {high} high), which the official code cannot do: "
-            f"at least 1 at the high end and at most {tokens - 1} in all"
-        )
-    return low, high
+    def select(self, history: History, step: OfficialStep) -> Region:
+        """Who is active next. The end step selects nothing: it repeats the last regional step."""
+        if step.low is None:
+            return history.region
+        score = SCORES["l2" if self.metric == "l2norm" else "std"](history)  # (B, N)
+        # Eq. 1 as coded: the factor grows with every stale step, whichever end is active
+        order = (score * torch.exp(self.starvation_scale * history.skips)).argsort(dim=1)
+        active = order[:, step.low : order.shape[1] - step.high]  # (B, K)
+        return Region(active.sort(dim=1).values, history.velocity)

@@ -64,13 +64,13 @@ def test_euler_is_first_order_on_a_curved_field():
     assert errors[1] / errors[2] == pytest.approx(2, rel=0.05)
 
 
-def test_order_two_is_second_order_on_a_curved_field():
+def test_corrected_is_second_order_on_a_curved_field():
     """Halving the steps quarters the error."""
     start = noise(1, 4, 4)
     errors = []
     for steps in (50, 100):
         sigmas = torch.linspace(1, 0, steps + 1) ** 1.3  # steps of unequal lengths
-        latents, _ = denoise(lambda x, sigma: x, start, sigmas, {}, order=2)
+        latents, _ = denoise(lambda x, sigma: x, start, sigmas, {}, correct=True)
         errors.append((latents - start * math.exp(-1)).abs().max())
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.15)
 
@@ -148,7 +148,8 @@ def test_half_precision_models_are_integrated_in_float32():
         ({"guidance": 0.5}, "guidance is 0.5, must be at least 1"),
         ({"guidance": float("nan")}, "guidance is nan"),
         ({"guidance": 2.0}, "needs uncond"),
-        ({"order": 3}, "order is 3, must be 1 (Euler) or 2"),
+        ({"guidance": float("inf")}, "guidance is inf"),
+        ({"ras": "default"}, "ras is 'default', must be"),
         ({"cond": {"level": torch.zeros(3)}}, "cond['level'] has shape (3,), must be (1,)"),
         (
             {"uncond": {"level": torch.zeros(2)}, "guidance": 2.0},

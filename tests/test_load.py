@@ -351,7 +351,7 @@ def test_scheduler(tmp_path: Path) -> None:
         return load_component(tmp_path, "scheduler")
 
     config = read(shift=6, num_train_timesteps=1000, use_dynamic_shifting=False, default_steps=8)
-    assert (config.shift, config.num_train_timesteps, config.default_steps) == (6, 1000, 8)
+    assert (config.shift, config.default_solver, config.default_steps) == (6, "euler", 8)
     for values, message in (
         ({"shift": "3"}, "shift is '3', must be a finite number"),
         ({"shift": float("nan")}, "shift is nan, must be a finite number"),

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import minidit
 from minidit import denoise, flow_sigmas
-from ras import RASConfig, Upstream
+from ras import Upstream
 
 CASES = {case["id"]: case for case in json.loads((GOLDENS / "ras" / "cases.json").read_text())}
 
@@ -46,7 +46,7 @@ def test_recorded_run(name):
         conditioning(positive),
         conditioning(negative) if case["cfg"] else None,
         case["guidance"] if case["cfg"] else 1.0,
-        ras=RASConfig.upstream(**settings),
+        ras=Upstream(**settings),
     )
     active = torch.stack([mask[0] for mask in trace.active])
     assert active.equal(data["active"].bool())

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from ras import KVCache, RASConfig, observe, select
+from ras import KVCache, RASConfig, Run, Upstream
 from ras.tokens import flat_rows, mask_of, patchify
 
 FAMILIES = st.sampled_from(["sd3-medium", "sd3.5-large", "sd3.5-medium", "lumina"])
@@ -133,36 +133,6 @@ def test_a_regional_step_updates_the_cache_in_place_and_copies_nothing(family):
     assert cache.nbytes == 0
 
 
-@given(st.floats(0.01, 0.99), st.floats(0.01, 0.99), st.floats(0.01, 0.99))
-def test_keys_linear_in_sigma_are_extrapolated_exactly(first, second, sigma):
-    if abs(first - second) < 0.01:
-        second = first + 0.1
-    generator = torch.Generator().manual_seed(0)
-    slope, offset, fresh = (torch.randn(2, 5, 1, 3, generator=generator) for _ in range(3))
-    cache = KVCache(extrapolate=True)
-    for cache.sigma in (first, second):
-        cache.write(0, offset + cache.sigma * slope, offset - cache.sigma * slope, None)
-    stored = [x.clone() for x in cache[0]]
-    cache.sigma, rows = sigma, flat_rows(torch.tensor([[1], [4]]), 5)
-    k, v = cache.write(0, fresh[:, :1], fresh[:, 1:2], rows)
-    expected_k, expected_v = offset + sigma * slope, offset - sigma * slope
-    for b, row in enumerate((1, 4)):
-        expected_k[b, row], expected_v[b, row] = fresh[b, 0], fresh[b, 1]
-    assert torch.allclose(k, expected_k, atol=1e-3) and torch.allclose(v, expected_v, atol=1e-3)
-    assert all(x.equal(y) for x, y in zip(cache[0], stored, strict=True))  # kept for the next step
-
-
-def test_with_one_dense_step_the_extrapolated_cache_is_the_held_one(family):
-    model, cond, active = tiny_model(family), conditioning(family, 1), torch.tensor([[1, 2]])
-    drawn = []
-    for extrapolate in (False, True):
-        cache = KVCache(extrapolate)
-        for cache.sigma, rows in ((0.9, None), (0.5, active)):
-            out = model(noise(1, 8, 8), cache.sigma, **cond, active=rows, cache=cache)
-        drawn.append(out)
-    assert drawn[0].equal(drawn[1])
-
-
 def test_no_state_stays_on_the_module(family):
     model, cond, cache = tiny_model(family), conditioning(family, 1), KVCache()
     before = {name: vars(module).copy() for name, module in model.named_modules()}
@@ -173,19 +143,21 @@ def test_no_state_stays_on_the_module(family):
 
 def test_a_regional_step_reads_nothing_back_from_the_device(family):
     """Fake tensors have shapes but no values: any read-back to the host raises."""
+    configs = (RASConfig(start=4), Upstream(high_ratio=0.3, error_reset_steps=(5,)))
+    runs = [Run(c, torch.linspace(1, 0, 29), noise(2, 8, 8), 2, correct=True) for c in configs]
     with FakeTensorMode() as mode:
         with pytest.raises(DataDependentOutputException):
             torch.ones(1).item()
         model = type(tiny_model(family))(tiny_model(family).config)
         cond = {k: mode.from_tensor(v) for k, v in conditioning(family, 2).items()}
-        latents, sigma, cache = torch.randn(2, 4, 8, 8), torch.tensor(0.9), KVCache()
-        history = observe(
-            None, patchify(model(latents, sigma, **cond, cache=cache), 2), None, None, sigma, sigma
-        )
-        for config in (RASConfig(max_stale=3), RASConfig.upstream(high_ratio=0.3)):
-            active = select(config, history, 8, 28)
-            velocity = model(latents, sigma, **cond, active=active, cache=cache)
-            observe(history, patchify(velocity, 2), history.last, active, sigma, sigma)
+        for run in runs:
+            latents, run.sigmas = torch.randn(2, 4, 8, 8), mode.from_tensor(run.sigmas)
+            for i in range(6):
+                active, cache = run.begin(i)
+                velocity = model(latents, run.sigmas[i], **cond, active=active, cache=cache)
+                velocity, correction = run.end(i, velocity)
+                latents = latents + correction + velocity
+            assert run.trace.steps[4].regional
         assert velocity.shape == latents.shape
 
 

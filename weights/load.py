@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from minidit.flow import SchedulerConfig
+from minidit.scheduler import SchedulerConfig
 from minidit.tokenizers import CLIPTokenizer, GemmaTokenizer, T5Tokenizer
 from weights.files import row_chunks
 from weights.keymap import read_into, same_values

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minidit.flow import SchedulerConfig
+from minidit.scheduler import SchedulerConfig
 from weights import lumina, sd3
 from weights.files import Tensors, read_header, read_json, read_namespace, read_torch
 from weights.networks import ROLES, Part, config_from_json, read_config, read_part

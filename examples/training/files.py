@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from minidit.flow import SchedulerConfig
+from minidit.scheduler import SchedulerConfig
 from training import models
 from weights.keymap import recipes, write_out
 from weights.model import FAMILIES

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from minidit.clip import CLIPConfig, CLIPTextEncoder
-from minidit.flow import SchedulerConfig
 from minidit.gemma import GemmaConfig, GemmaEncoder
 from minidit.mmdit import MMDiT, MMDiTConfig
 from minidit.nextdit import NextDiT, NextDiTConfig
 from minidit.pipeline import LuminaPipeline, SD3Pipeline
+from minidit.scheduler import SchedulerConfig
 from minidit.t5 import T5Config, T5Encoder
 from minidit.vae import VAEConfig
 from weights.load import load_component

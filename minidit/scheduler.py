@@ -1,0 +1,76 @@
+"""Which noise levels a run visits: the official ones, or those that suit the corrected solver."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minidit.flow import check_schedule, flow_sigmas, shifted
+
+SOLVERS = ("euler", "corrected")
+ENDS = 1.25  # of the corrected solver; measured best on both embedded models (docs/ras.md)
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """What scheduler/scheduler_config.json says that sampling needs, and what to sample with.
+
+    shift             moves steps towards the noise, above 0
+    default_solver    "euler", as the official pipelines sample, or "corrected"
+    default_steps     of "euler"; corrected_steps of "corrected"
+    corrected_shift   of "corrected", None where it is `shift`, too
+    default_guidance  1 is off
+    The last five are ours: official files lack them, the embedded models' have them.
+    Raises ValueError for values that no run can have.
+    """
+
+    shift: float = 1.0
+    default_solver: str = "euler"
+    default_steps: int = 28
+    corrected_steps: int = 14
+    corrected_shift: float | None = None
+    default_guidance: float = 7.0
+
+    def __post_init__(self) -> None:
+        def require(ok: bool, name: str, allowed: str) -> None:
+            if not ok:
+                raise ValueError(f"{name} is {getattr(self, name)!r:.80}, must be {allowed}")
+
+        require(0 < self.shift < float("inf"), "shift", "above 0 and finite")
+        require(self.default_solver in SOLVERS, "default_solver", f"one of {', '.join(SOLVERS)}")
+        require(self.default_steps >= 1, "default_steps", "at least 1")
+        require(self.corrected_steps >= 1, "corrected_steps", "at least 1")
+        ok = self.corrected_shift is None or 0 < self.corrected_shift < float("inf")
+        require(ok, "corrected_shift", "above 0 and finite, or null")
+        require(1 <= self.default_guidance < float("inf"), "default_guidance", "at least 1, finite")
+
+    def steps(self, solver: str) -> int:
+        """How many steps a solver takes where nobody says."""
+        return self.default_steps if solver == "euler" else self.corrected_steps
+
+    def sigmas(self, steps: int, solver: str, tokens: int) -> Tensor:
+        """Noise levels of a run over `tokens` image tokens, (steps + 1,) float32 from 1 down to 0.
+
+        Raises ValueError for steps < 1 or an unknown solver.
+        """
+        if solver not in SOLVERS:
+            raise ValueError(f"solver is {solver!r:.80}, must be one of {', '.join(SOLVERS)}")
+        if solver == "euler":
+            return flow_sigmas(steps, self.shift)
+        shift = self.shift if self.corrected_shift is None else self.corrected_shift
+        return spaced_sigmas(steps, shift)
+
+
+def spaced_sigmas(steps: int, shift: float, ends: float = ENDS) -> Tensor:
+    """Noise levels with more steps near both ends, (steps + 1,) float32 from 1 down to 0.
+
+    s ** ends / (s ** ends + (1 - s) ** ends) of evenly spaced s, then shifted: ends 1 is even
+    spacing. A solver of second order is off where the path bends most, and it bends at the ends.
+    Raises ValueError for steps < 1 or shift <= 0.
+    """
+    check_schedule(steps, shift)
+    s = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    s = s**ends / (s**ends + (1 - s) ** ends)
+    return shifted(s, shift).float()
