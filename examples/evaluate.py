@@ -30,7 +30,7 @@ import torch
 
 import minidit
 from cli import DTYPES, at_least, run
-from compare import psnr
+from measures import psnr
 from pictures import check_writable
 from quality import picture_name, read_captions
 from ras import RASConfig
