@@ -11,6 +11,8 @@ shows medians.
 
 from __future__ import annotations
 
+import cli  # isort: skip
+
 import argparse
 import time
 from statistics import median
@@ -18,7 +20,6 @@ from statistics import median
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from cli import DTYPES, at_least, run
 from minidit import MMDiT, MMDiTConfig, NextDiT, NextDiTConfig
 from ras import KVCache
 
@@ -38,7 +39,8 @@ TEXT_TOKENS = {"sd3": 333, "sd3.5-medium": 333, "sd3.5-large": 333, "lumina": 32
 def main() -> None:
     args = parse_args()
     torch.manual_seed(0)
-    device, dtype = torch.device(args.device), DTYPES[args.dtype]
+    device = cli.device_of(args)
+    dtype = cli.dtype_of(args, device)
     model = build(args.family, args.layers, device, dtype)
     step = Step(model, args, device, dtype)
     flops = {ratio: count_flops(args, ratio) for ratio in [1.0, *args.ratios]}
@@ -53,8 +55,8 @@ def main() -> None:
 
     dense = median(times[1.0])
     print(
-        f"{args.family}, {args.layers} layers, {args.size} px, batch {args.batch}, {args.dtype}, "
-        f"{args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        f"{args.family}, {args.layers} layers, {args.size} px, batch {args.batch}, {dtype}, "
+        f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
     print(f"cache: {step.cache.nbytes / 2**20:.1f} MiB for {step.tokens} image tokens")
     print("active   ms/step   time share   FLOP share   time / FLOP")
@@ -74,15 +76,12 @@ def parse_args() -> argparse.Namespace:
     add("--size", type=int, default=1024, help="pixels a side")
     add("--batch", type=int, default=2, help="2 is one picture with guidance")
     add("--ratios", type=float, nargs="+", default=[0.75, 0.5, 0.25, 0.125])
-    add("--dtype", choices=DTYPES, default="float32")
-    add("--device", default="cpu")
-    add("--extrapolate", action="store_true", help="the cache of the default preset")
     add("--repeats", type=int, default=5)
-    add("--threads", type=int, help="CPU threads, default: what torch takes")
+    cli.add_device_options(parser)
     args = parser.parse_args()
     if args.size < 16 or args.size % 16:
         parser.error(f"--size is {args.size}, must be a positive multiple of 16")
-    at_least(parser, args, layers=1, batch=1, repeats=1, threads=1)
+    cli.at_least(parser, args, layers=1, batch=1, repeats=1, threads=1)
     if args.threads:
         torch.set_num_threads(args.threads)
     bad = [ratio for ratio in args.ratios if not 0 < ratio < 1]
@@ -107,7 +106,7 @@ class Step:
 
     def __init__(self, model, args, device, dtype) -> None:
         config, side, B = model.config, args.size // 8, args.batch
-        self.model, self.device, self.cache = model, device, KVCache(args.extrapolate)
+        self.model, self.device, self.cache = model, device, KVCache()
         self.tokens = (side // config.patch_size) ** 2
         make = {"device": device, "dtype": dtype}
         self.latents = torch.randn(B, config.in_channels, side, side, **make)
@@ -134,7 +133,6 @@ class Step:
     def run(self, ratio: float) -> float:
         """Seconds of one step, dense with filling the cache or regional."""
         active = self.active(ratio)
-        self.cache.sigma -= 0.001  # every step has a noise level of its own
         self.synchronize()
         begin = time.perf_counter()
         self.model(self.latents, self.sigma, **self.cond, active=active, cache=self.cache)
@@ -157,4 +155,4 @@ def count_flops(args: argparse.Namespace, ratio: float) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

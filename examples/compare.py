@@ -9,32 +9,39 @@ token-steps, its seconds, and its PSNR to the dense picture, in decibels.
 
 from __future__ import annotations
 
+import cli  # isort: skip
+
 import argparse
-import math
 import time
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 import minidit
 import ras
-from cli import at_least, run
-from pictures import check_writable, heat_image, labelled, save, sheet, step_map
+from measures import psnr
+from minidit.scheduler import SOLVERS
+from pictures import check_outputs, check_writable, heat_image, labelled, save, sheet, step_map
+
+ANIMATIONS = (".gif", ".webp", ".png", ".apng")
 
 
 def main() -> None:
     args = parse_args()
-    for path in filter(None, (args.out, args.steps_map, args.gif)):
-        check_writable(path)
+    check_outputs(args.out, args.steps_map, args.gif)
+    if args.gif:
+        check_writable(args.gif, ANIMATIONS)
     preset = ras.RASConfig.preset(args.ras_preset)
     configs = [preset.with_ratio(ratio) for ratio in args.ratios]
-    pipe = minidit.load(args.model, device=args.device)
-    steps = args.steps or pipe.scheduler.default_steps
+    pipe = cli.load_model(args)
+    solver = args.solver or pipe.scheduler.default_solver
+    steps = args.steps or pipe.scheduler.steps(solver)
 
-    def draw(steps: int, config: ras.RASConfig | None) -> tuple[minidit.Output, float]:
+    def draw(steps: int, config: ras.RASConfig | ras.Upstream | None):
         begin = time.perf_counter()
-        out = pipe(args.prompt, steps=steps, seed=args.seed, ras=config, progress=True)
+        out = pipe(
+            args.prompt, steps=steps, seed=args.seed, ras=config, solver=solver, progress=True
+        )
         return out, time.perf_counter() - begin
 
     dense, seconds = draw(steps, None)
@@ -69,25 +76,18 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Dense, RAS and fewer dense steps side by side.")
     add = parser.add_argument
     add("prompt", nargs="?", default="a red apple on a sky blue background")
-    add("--model", default="mini-lumina")
-    add("--ratios", type=float, nargs="+", default=[0.5, 0.1])
-    add("--ras-preset", default="default")
-    add("--steps", type=int)
+    cli.add_model_options(parser)
+    add("--ratios", type=float, nargs="+", default=[0.5, 0.1], help="active shares to draw with")
+    add("--ras-preset", metavar="NAME", default="default", help=", ".join(ras.PRESETS))
+    add("--steps", type=int, help="default: what the model asks for")
+    add("--solver", choices=SOLVERS, help="default: what the model asks for")
     add("--seed", type=int, default=0)
-    add("--device", default="cpu")
     add("--out", type=Path, default=Path("compare.png"))
     add("--steps-map", type=Path, metavar="FILE", help="active tokens of every step, last ratio")
     add("--gif", type=Path, metavar="FILE", help="the same as an animation")
     args = parser.parse_args()
-    at_least(parser, args, steps=1)
+    cli.at_least(parser, args, steps=1, threads=1)
     return args
-
-
-def psnr(image: Image.Image, reference: Image.Image) -> float:
-    """Peak signal-to-noise ratio of two pictures of one size, in decibels."""
-    difference = np.asarray(image, dtype=float) - np.asarray(reference, dtype=float)
-    mse = np.square(difference).mean()
-    return 10 * math.log10(255**2 / mse) if mse else math.inf
 
 
 def steps_figure(out: minidit.Output, columns: int = 7, side: int = 96) -> Image.Image:
@@ -107,4 +107,4 @@ def side_by_side(out: minidit.Output, step: int) -> Image.Image:
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

@@ -6,10 +6,10 @@
 
 Every picture is drawn from the noise of its seed and compared with the equation solved finely from
 the same noise ("ODE": 64 corrected steps): SNR of the final latents in dB, mean and 95 % interval
-over all prompts and seeds. The cost counts network evaluations: tokens computed in all steps, by the
-tokens of the picture. Results go into the folder --out as soon as they are there; a run that was
-interrupted goes on where it stopped, and the table is made from the files, so that it does not
-depend on the number of processes.
+over all prompts and seeds. The cost is in network evaluations: the tokens computed in all steps,
+divided by those of the picture. Results go into the folder --out as soon as they are there; a run
+that was interrupted goes on where it stopped, and the table is made from the files, so that it does
+not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -172,7 +172,9 @@ def table(found: dict[str, list[tuple[float, float, float, int]]]) -> str:
     """Markdown: a row a method, its costs and distances."""
     lines = ["| method | evaluations: SNR to the ODE, dB | pictures |", "|---|---|---|"]
     for name, points in found.items():
-        cells = ", ".join(f"{cost:.1f}: {value:.1f} ± {half:.1f}" for cost, value, half, _ in points)
+        cells = ", ".join(
+            f"{cost:.1f}: {value:.1f} ± {half:.1f}" for cost, value, half, _ in points
+        )
         lines.append(f"| {name} | {cells} | {points[0][3]} |")
     return "\n".join(lines)
 

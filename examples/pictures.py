@@ -1,13 +1,15 @@
-"""Small pictures about pictures: heat maps, labels, sheets, files written whole or not at all."""
+"""Small pictures about pictures: heat maps, labels, sheets; files written whole or not at all."""
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 import ras
 
@@ -59,17 +61,49 @@ def sheet(rows: Sequence[Sequence[Image.Image]], gap: int = 4) -> Image.Image:
     return canvas
 
 
+def check_outputs(*paths: Path | None) -> None:
+    """Raise ValueError now rather than after minutes of sampling: each path that is not None must
+    be a picture that Pillow can write, in a folder that is there, and no two the same."""
+    seen = set()
+    for path in paths:
+        if path is None:
+            continue
+        check_writable(path)
+        if path.resolve() in seen:
+            raise ValueError(f"{path} is named for two outputs, must be different files")
+        seen.add(path.resolve())
+
+
 def check_writable(path: Path, endings: Collection[str] | None = None) -> None:
-    """Raise ValueError now rather than after minutes of sampling; endings are those that the
-    writer knows, Pillow's where not given."""
-    if path.suffix.lower() not in (endings or Image.registered_extensions()):
-        raise ValueError(f"{path} has no picture's ending, e.g. .png or .jpg")
+    """Raise ValueError unless a picture can be written there; endings are those that the writer
+    knows, where not given those of the formats in which Pillow writes a picture in colour."""
+    ending = path.suffix.lower()
+    if not (pillow_writes(ending) if endings is None else ending in endings):
+        known = f"one of {', '.join(sorted(endings))}" if endings else "e.g. .png or .jpg"
+        raise ValueError(f"{path} has no picture's ending that can be written, {known}")
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise ValueError(f"{path} can't be written: {path.parent} must be a writable folder")
 
 
-def save(image: Image.Image, path: Path, **options) -> None:
-    """Write all of the file or nothing."""
+def pillow_writes(ending: str) -> bool:
+    """Whether Pillow can write a picture in colour of that ending: it says so by doing it."""
+    kind = Image.registered_extensions().get(ending)
+    try:
+        Image.new("RGB", (16, 16)).save(io.BytesIO(), kind or "unknown")
+    except Exception:  # each format has errors of its own for what it can't do
+        return False
+    return True
+
+
+def save(
+    image: Image.Image, path: Path, text: Mapping[str, object] | None = None, **options
+) -> None:
+    """Write all of the file or nothing; `text` goes into the metadata of a PNG."""
+    if text and path.suffix.lower() == ".png":
+        options["pnginfo"] = PngInfo()
+        for key, value in text.items():
+            clean = str(value).encode("utf-8", "replace").decode()  # no lone surrogates
+            options["pnginfo"].add_text(key, clean)
     part = path.with_stem(f".{path.stem}.part")
     try:
         image.save(part, **options)

@@ -2,11 +2,15 @@
 
     python examples/sample.py "a red apple on a sky blue background"
     python examples/sample.py "a fox on a teal background" --ras 0.25 --active-map map.png
-    python examples/sample.py "a castle" --model stabilityai/stable-diffusion-3-medium-diffusers \\
-        --device cuda --dtype bfloat16
+    python examples/sample.py "a castle" --model stabilityai/stable-diffusion-3-medium-diffusers
+    torchrun --nproc-per-node 4 examples/sample.py --prompts prompts.txt --out pictures/p.png
+
+A PNG carries in its metadata what it was drawn with.
 """
 
 from __future__ import annotations
+
+import cli  # isort: skip
 
 import argparse
 import sys
@@ -17,80 +21,101 @@ import torch
 
 import minidit
 import ras
-from cli import DTYPES, run
 from minidit.scheduler import SOLVERS
-from pictures import active_map, check_writable, save
+from pictures import active_map, check_outputs, save
+
+PROMPT = "a red apple on a sky blue background"
 
 
 def main() -> None:
     args = parse_args()
-    for path in filter(None, (args.out, args.active_map)):
-        check_writable(path)
+    prompts = cli.read_lines(args.prompts) if args.prompts else [args.prompt or PROMPT]
+    paths = [out_paths(args, line) for line in range(len(prompts))]
+    check_outputs(args.active_map, *(path for some in paths for path in some))
     config = ras_config(args)
+    pipe = cli.load_model(args, offload=args.offload, use_t5=not args.no_t5, extra=args.extra)
+    if args.no_t5 and pipe.family != "sd3":
+        raise ValueError(f"--no-t5 is for SD3, and {args.model} has no T5")
+    process, processes = cli.share()
+    for line in range(process, len(prompts), processes):
+        draw(args, pipe, prompts[line], paths[line], config)
+    if args.verbose:
+        print(memory_line(pipe))
+
+
+def draw(
+    args: argparse.Namespace,
+    pipe: minidit.Pipeline,
+    prompt: str,
+    paths: list[Path],
+    config: ras.RASConfig | ras.Upstream | None,
+) -> None:
+    """Draw the pictures of a prompt, write them, and say what they cost."""
+    clock = StepClock(pipe.device)
     width, height = args.size or (None, None)
-    pipe = minidit.load(
-        args.model, device=args.device, dtype=DTYPES[args.dtype], offload=args.offload,
-        use_t5=not args.no_t5, extra=args.extra,
-    )  # fmt: skip
-    clock = StepClock(args.device)
     out = pipe(
-        args.prompt, args.negative, height, width, args.steps, args.guidance, args.seed,
-        num_images=args.n, ras=config, callback=clock, progress=True, solver=args.solver,
+        prompt, negative_prompt=args.negative, height=height, width=width, steps=args.steps,
+        guidance=args.guidance, seed=args.seed, num_images=args.n, ras=config,
+        solver=args.solver, callback=clock, progress=True,
     )  # fmt: skip
     seconds = time.perf_counter() - clock.begin
-    for i, image in enumerate(out.images):
-        path = args.out if args.n == 1 else args.out.with_stem(f"{args.out.stem}-{i}")
-        save(image, path)
+    defaults = pipe.scheduler
+    about = {
+        "prompt": prompt,
+        "negative prompt": args.negative,
+        "seed": out.seed,
+        "steps": clock.steps,
+        "solver": args.solver or defaults.default_solver,
+        "guidance": defaults.default_guidance if args.guidance is None else args.guidance,
+        "RAS": config or "off",
+        "model": args.model,
+        "Software": f"minidit {minidit.__version__}",
+    }
+    for i, (image, path) in enumerate(zip(out.images, paths, strict=True)):
+        save(image, path, about | {"picture": i})
         print(f"wrote {path} ({image.width}x{image.height}, seed {out.seed}, picture {i})")
     if args.active_map:
         save(active_map(out.images[0], out.trace), args.active_map)
         print(f"wrote {args.active_map}: share of the regional steps that computed each region")
     print(cost_line(out.trace, clock, seconds))
-    if args.verbose:
-        print(memory_line(pipe, args.device))
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Draw a picture of a prompt.", formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description="Draw a picture of a prompt.")
     add = parser.add_argument
-    add("prompt", nargs="?", default="a red apple on a sky blue background")
-    add(
-        "--model",
-        default="mini-lumina",
-        help="mini-sd3, mini-lumina, folder, .safetensors or hub id",
-    )
-    add("--ras", default=None, metavar="RATIO|off", help="active share of a regional step")
-    add("--ras-preset", default=None, metavar="NAME", help=f"one of {', '.join(ras.PRESETS)}")
+    add("prompt", nargs="?", help=f"default: {PROMPT}")
+    add("--prompts", type=Path, metavar="FILE", help="a picture of every line instead")
+    cli.add_model_options(parser)
+    add("--ras", metavar="RATIO|off", help="active share of a regional step")
+    add("--ras-preset", metavar="NAME", help=f"one of {', '.join(ras.PRESETS)}")
     add("--active-map", type=Path, metavar="FILE", help="picture of how often regions were active")
     add("--steps", type=int, help="default: what the model asks for")
-    add("--solver", choices=SOLVERS, help="euler, or corrected: second order at no cost")
-    add("--size", type=size, metavar="WxH", help="pixels, e.g. 1024x768")
-    add("--seed", type=int, default=0)
+    add("--solver", choices=SOLVERS, help="default: what the model asks for")
+    add("--size", type=cli.size, metavar="WxH", help="pixels, e.g. 1024x768")
+    add("--seed", type=cli.seed, default=0, help="a number (default 0), or random")
     add("--negative", default="", metavar="PROMPT", help="what the picture should not show")
     add("--guidance", type=float, help="1 is off, default: what the model asks for")
-    add("--n", type=int, default=1, help="number of pictures")
-    add("--dtype", choices=DTYPES, default="float32")
-    add("--device", default="cpu", help="cpu, cuda or mps")
+    add("--n", type=int, default=1, help="number of pictures of the prompt")
     add("--offload", action="store_true", help="keep only the running part on the device")
     add("--no-t5", action="store_true", help="leave out SD3's largest text encoder")
     add("--with", dest="extra", nargs="+", default=[], metavar="PATH", help="what a file lacks")
-    add("--out", type=Path, default=Path("sample.png"))
+    add("--out", type=Path, default=Path("sample.png"), help="-0, -1, ... are added for several")
     add("--verbose", action="store_true", help="print memory too")
-    return parser.parse_args()
+    args = parser.parse_args()
+    cli.at_least(parser, args, n=1, steps=1, threads=1)
+    for other in ("prompt", "active_map"):
+        if args.prompts and getattr(args, other):
+            parser.error(f"--prompts and {other.replace('_', ' ')} are given, must be one of them")
+    return args
 
 
-def size(text: str) -> tuple[int, int]:
-    """WIDTHxHEIGHT, or one number for a square."""
-    try:
-        width, height = (int(part) for part in (text.split("x") * 2)[:2])
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size, e.g. 1024x768") from None
-    return width, height
+def out_paths(args: argparse.Namespace, line: int) -> list[Path]:
+    """Where the pictures of a prompt go: --out, numbered where there are several."""
+    path = args.out.with_stem(f"{args.out.stem}-{line}") if args.prompts else args.out
+    return [path.with_stem(f"{path.stem}-{i}") for i in range(args.n)] if args.n > 1 else [path]
 
 
-def ras_config(args: argparse.Namespace) -> ras.RASConfig | None:
+def ras_config(args: argparse.Namespace) -> ras.RASConfig | ras.Upstream | None:
     """The configuration that --ras and --ras-preset ask for; None is dense."""
     if args.ras == "off":
         if args.ras_preset or args.active_map:
@@ -109,8 +134,10 @@ def ras_config(args: argparse.Namespace) -> ras.RASConfig | None:
 class StepClock:
     """A callback that notes how long each step took, dense or regional."""
 
-    def __init__(self, device: str) -> None:
-        self.device, self.dense, self.regional = device.split(":")[0], [], []
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.steps = device.type, 0
+        self.dense: list[float] = []
+        self.regional: list[float] = []
         self.begin = self.last = time.perf_counter()
 
     def __call__(self, step, sigma, latents, velocity, active) -> None:
@@ -119,7 +146,7 @@ class StepClock:
         now = time.perf_counter()
         if step > 0:  # the first one includes encoding the prompt
             (self.dense if active is None else self.regional).append(now - self.last)
-        self.last = now
+        self.last, self.steps = now, step + 1
 
 
 def cost_line(trace: ras.Trace | None, clock: StepClock, seconds: float) -> str:
@@ -138,23 +165,24 @@ def cost_line(trace: ras.Trace | None, clock: StepClock, seconds: float) -> str:
     return line
 
 
-def memory_line(pipe, device: str) -> str:
+def memory_line(pipe: minidit.Pipeline) -> str:
     """Bytes of the weights, and the peak that the device reports."""
     parts = {k: v for k, v in vars(pipe).items() if isinstance(v, torch.nn.Module)}
     sizes = {k: sum(p.nbytes for p in v.parameters()) / 2**20 for k, v in parts.items()}
     line = "weights: " + ", ".join(f"{k} {v:.0f} MiB" for k, v in sizes.items())
     expected = max(sizes.values()) if pipe.offload else sum(sizes.values())
     line += f"; expected on the device: {expected:.0f} MiB and activations"
-    if device.startswith("cuda"):
-        line += f"; measured peak: {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB"
-    else:
+    if pipe.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(pipe.device)
+        return f"{line}; measured peak: {peak / 2**20:.0f} MiB"
+    try:
         import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        peak /= 2**20 if sys.platform == "darwin" else 2**10
-        line += f"; measured peak of this process: {peak:.0f} MiB"
-    return line
+    except ImportError:  # not on Windows
+        return line
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak /= 2**20 if sys.platform == "darwin" else 2**10
+    return f"{line}; measured peak of this process: {peak:.0f} MiB"
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

@@ -14,26 +14,27 @@ from typing import Any
 
 import torch
 
+from minidit import checks
 from minidit.clip import CLIPTextEncoder
 from minidit.flow import denoise, flow_sigmas
 from minidit.gemma import GemmaEncoder
 from minidit.mmdit import MMDiT, MMDiTConfig
 from minidit.nextdit import NextDiT, NextDiTConfig
-from minidit.pipeline import LuminaPipeline, Output, SD3Pipeline
+from minidit.pipeline import Output, Pipeline
 from minidit.t5 import T5Encoder
 from minidit.vae import AutoencoderKL
 
+__version__ = "0.1.0"
 __all__ = [
     "AutoencoderKL",
     "CLIPTextEncoder",
     "GemmaEncoder",
-    "LuminaPipeline",
     "MMDiT",
     "MMDiTConfig",
     "NextDiT",
     "NextDiTConfig",
     "Output",
-    "SD3Pipeline",
+    "Pipeline",
     "T5Encoder",
     "denoise",
     "flow_sigmas",
@@ -50,7 +51,7 @@ def load(
     offload: bool = False,
     use_t5: bool = True,
     extra: Sequence[str | PathLike[str]] = (),
-) -> SD3Pipeline | LuminaPipeline:
+) -> Pipeline:
     """A whole model: folder, single file, hub id, or "mini-sd3" / "mini-lumina".
 
     device "cpu", "cuda", "mps", or "meta" to check every name and shape without reading data
@@ -62,13 +63,17 @@ def load(
     """
     from weights.load import load_parts
 
+    device = checks.device(device)
+    checks.flag("offload", offload)
+    checks.flag("use_t5", use_t5)
+    if not isinstance(extra, list | tuple):
+        raise ValueError(f"extra is {checks.short(extra)}, must be a list of files or folders")
     kept = "cpu" if offload else device
     family, parts = load_parts(path, device=kept, dtype=dtype, use_t5=use_t5, extra=extra)
     vae = parts["vae"]
     if dtype == torch.float16 and vae.config.force_upcast:
         vae.float()  # its activations leave the range of float16
-    pipeline = {"sd3": SD3Pipeline, "lumina": LuminaPipeline}[family]
-    return pipeline(**parts, device=torch.device(device), offload=offload)
+    return Pipeline(family, **parts, device=device, offload=offload)
 
 
 def load_component(

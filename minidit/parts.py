@@ -54,6 +54,20 @@ def time_features(t: Tensor, width: int) -> Tensor:
     return torch.cat((angles.cos(), angles.sin()), dim=1)
 
 
+def silu_(x: Tensor) -> Tensor:
+    """SiLU in place: at full size every tensor counts, and nobody else needs the norm's output."""
+    return F.silu(x, inplace=True)
+
+
+def fast_layout(x: Tensor) -> torch.memory_format:
+    """Channels last for 16 bits on a CPU: convolutions are twice as fast that way.
+
+    Not for float32, which gains a fifth at most and loses a digit: GroupNorm sums less exactly.
+    """
+    fast = x.device.type == "cpu" and x.itemsize == 2
+    return torch.channels_last if fast else torch.contiguous_format
+
+
 def batch_sigma(sigma: Tensor | float, latents: Tensor) -> Tensor:
     """The noise level as float32, one per sample (B,); raises ValueError for any other shape."""
     B = len(latents)

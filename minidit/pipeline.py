@@ -1,262 +1,297 @@
-"""Prompt to picture: encode the prompt, sample, decode. One pipeline a family, one body for both.
+"""Prompt to picture: encode the prompt, sample, decode. One pipeline for every family.
 
-B images (prompts times images a prompt), L text tokens, C latent channels.
+What a family makes of a prompt is in conditioning.py, the sampling loop in flow.py.
+
+B images (prompts times images a prompt), n prompts, C latent channels, h and w size of the latents.
 """
 
 from __future__ import annotations
 
 import secrets
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+import ras as regions
+from minidit import checks
+from minidit.conditioning import FAMILIES, Cond
 from minidit.flow import Callback, check_ras, denoise
-from minidit.scheduler import SchedulerConfig
-from ras import RASConfig, Trace, Upstream
+from minidit.scheduler import SOLVERS, SchedulerConfig
 
 Prompts = str | Sequence[str]
-Cond = dict[str, Any]
+OUTPUTS = ("pil", "numpy", "latent")
 
 
 @dataclass
 class Output:
-    """images: PIL images; latents (B, C, H/8, W/8) float32 before decoding; trace: what RAS did,
-    or None; seed: what the noise was drawn with (None for latents of one's own)."""
+    """What a call of the pipeline gives.
 
-    images: list[Image.Image]
+    images   PIL images, or with output="numpy" one array (B, H, W, 3) float32 in [0, 1], or with
+             output="latent" an empty list
+    latents  (B, C, h, w) float32, before decoding
+    trace    what Region-Adaptive Sampling did, None for a dense run
+    seed     what the noise was drawn with, None for a generator or latents of one's own
+    """
+
+    images: list[Image.Image] | np.ndarray
     latents: Tensor
-    trace: Trace | None = None
+    trace: regions.Trace | None = None
     seed: int | None = None
 
 
 @dataclass
-class SD3Pipeline:
-    """Stable Diffusion 3 and 3.5. text_encoder_3 (T5) may be None: zeros take its place."""
+class Pipeline:
+    """A whole model. Parts that its family does not have are None; SD3's T5 may be left out.
 
+    device   where the parts run; with offload each is there only for as long as it runs
+    """
+
+    family: str
     transformer: nn.Module
     vae: nn.Module
     scheduler: SchedulerConfig
     text_encoder: nn.Module
-    text_encoder_2: nn.Module
     tokenizer: Any
-    tokenizer_2: Any
+    text_encoder_2: nn.Module | None = None
+    tokenizer_2: Any = None
     text_encoder_3: nn.Module | None = None
     tokenizer_3: Any = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     offload: bool = False
 
+    def __post_init__(self) -> None:
+        checks.choice("family", self.family, FAMILIES)
+
+    @torch.no_grad()
     def __call__(
         self,
         prompt: Prompts,
+        *,
         negative_prompt: Prompts = "",
         height: int | None = None,
         width: int | None = None,
         steps: int | None = None,
         guidance: float | None = None,
         seed: int | None = None,
+        generator: torch.Generator | None = None,
         latents: Tensor | None = None,
         num_images: int = 1,
-        ras: RASConfig | Upstream | None = None,
+        ras: regions.RASConfig | regions.Upstream | None = None,
+        solver: str | None = None,
+        sigmas: Sequence[float] | Tensor | None = None,
         callback: Callback | None = None,
         progress: bool = False,
-        max_sequence_length: int = 256,
-        use_t5: bool = True,
-        prompt_2: Prompts | None = None,
-        prompt_3: Prompts | None = None,
-        solver: str | None = None,
+        output: str = "pil",
+        **conditioning: Any,
     ) -> Output:
-        """Draw `num_images` pictures of every prompt.
+        """Draw `num_images` pictures of every prompt: those of the first, of the second, ...
 
         height, width   pixels, multiples of 16; the model's own size where not given
-        steps, guidance what the model's scheduler file asks for where not given; guidance 1 is off
+        steps, guidance, solver   what the model's scheduler asks for where not given; guidance 1 is
+                        off; solver "euler" or "corrected" (see `minidit.denoise`)
         seed            picture i of a prompt depends on (seed, i) only, not on the rest of the
                         batch; None draws a seed, which the output tells
-        latents         noise of one's own (B, C, height / 8, width / 8) instead of a seed
-        ras             a RASConfig for Region-Adaptive Sampling, None for dense
-        callback        see `minidit.denoise`
-        solver          "euler" or "corrected"; what the model's scheduler file says if not given
-        max_sequence_length  T5 tokens, at most what its tokenizer allows
-        use_t5          False leaves T5 out even if it is there
-        prompt_2, prompt_3   other texts for CLIP-G and T5 than for CLIP-L
-        Raises ValueError for arguments that do not fit.
+        generator       draw the noise of the whole batch from it instead, as diffusers does
+        latents         noise of one's own (B, C, height / 8, width / 8) instead of both
+        sigmas          falling noise levels in (0, 1] of one's own instead of steps. As in
+                        diffusers they are still to be shifted towards the noise by the model's
+                        scheduler, and the 0 at the end is added where it is missing
+        ras             a RASConfig or Upstream for Region-Adaptive Sampling, None for dense
+        callback        callback(step, sigma, latents, velocity, active) after every step
+        output          "pil", "numpy" or "latent": see `Output`
+        conditioning    what the family takes besides: the keyword-only parameters of its functions
+                        in minidit/conditioning.py
+        Raises ValueError for arguments that do not fit, and where the result is not finite.
         """
-        if not isinstance(max_sequence_length, int) or max_sequence_length < 2:
+        family = FAMILIES[self.family]
+        for_encode, for_guide = family.split(conditioning)
+        prompts = checks.texts("prompt", prompt)
+        negatives = checks.texts("negative_prompt", negative_prompt, len(prompts))
+        guidance = self.scheduler.default_guidance if guidance is None else guidance
+        how, told = family.guide(self, guidance, **for_guide)
+        solver = self.scheduler.default_solver if solver is None else solver
+        checks.choice("solver", solver, SOLVERS)
+        checks.choice("output", output, OUTPUTS)
+        checks.flag("progress", progress)
+        if callback is not None and not callable(callback):
+            raise ValueError(f"callback is {checks.short(callback)}, must be a function or None")
+        if self.device.type == "meta":
+            raise ValueError("this model is on the meta device, which has no data: load it on cpu")
+        num_images = checks.integer("num_images", num_images, 1, checks.MOST_PICTURES)
+        noise, seed = self._noise(latents, seed, generator, height, width, len(prompts), num_images)
+        tokens = noise[0, 0].numel() // self.transformer.config.patch_size**2
+        levels = self._levels(steps, sigmas, solver, tokens)
+        check_ras(ras)
+        if ras is not None:
+            ras.plan(len(levels) - 1, tokens)  # refuses now, before texts are encoded
+        if how.scale == 1:
+            if any(negatives):
+                warnings.warn("negative_prompt is ignored: guidance is 1, off", stacklevel=3)
+            negatives = []
+
+        batch = family.encode(self, prompts, negatives, **for_encode)
+        uncond, cond = (
+            {k: v[rows].repeat_interleave(num_images, dim=0) for k, v in batch.items()} | told
+            for rows in (slice(len(negatives)), slice(len(negatives), None))
+        )
+        with self.running(self.transformer) as transformer:
+            latents, trace = denoise(
+                transformer, noise.to(self.device), levels, cond, uncond if negatives else None,
+                how, ras=ras, correct=solver == "corrected", callback=callback, progress=progress,
+            )  # fmt: skip
+        if not latents.isfinite().all():
             raise ValueError(
-                f"max_sequence_length is {max_sequence_length!r}, must be an integer of at least 2"
+                "the result has values that are not finite: the weights do, or the numbers left "
+                f"the range of {next(self.transformer.parameters()).dtype} (try float32)"
             )
-
-        def encode(prompts: list[str], negative: list[str] | None) -> tuple[Cond, Cond | None]:
-            second = _texts(prompt_2, len(prompts), "prompt_2") if prompt_2 is not None else prompts
-            third = _texts(prompt_3, len(prompts), "prompt_3") if prompt_3 is not None else prompts
-            none = negative or []
-            both = self.encode(
-                prompts + none, second + none, third + none, max_sequence_length, use_t5
-            )
-            return _halves(both, len(prompts), negative is not None)
-
-        return _generate(
-            self, encode, prompt, negative_prompt, height, width, steps, guidance, seed, latents,
-            num_images, ras, callback, progress, solver,
-        )  # fmt: skip
+        return Output(self._decode(latents, output), latents, trace, seed)
 
     def encode(
-        self,
-        prompts: list[str],
-        prompts_2: list[str],
-        prompts_3: list[str],
-        max_sequence_length: int = 256,
-        use_t5: bool = True,
+        self, prompts: list[str], negatives: Sequence[str] = (), **conditioning: Any
     ) -> Cond:
-        """Conditioning of n prompts: context (n, L, joint_attention_dim) and pooled (n, P).
+        """The network's conditioning arguments for negatives and prompts, as one batch."""
+        return FAMILIES[self.family].encode(self, prompts, list(negatives), **conditioning)
 
-        Two CLIPs side by side, zero-padded to T5's width, then T5 behind them; no encoder is given
-        an attention mask (sd3-ref sd3_infer.py, get_cond).
-        """
-        width = self.transformer.config.joint_attention_dim
-        clips = [
-            self._clip(self.text_encoder, self.tokenizer, prompts),
-            self._clip(self.text_encoder_2, self.tokenizer_2, prompts_2),
-        ]
-        clip = torch.cat([hidden for hidden, _ in clips], dim=2)  # (n, L_clip, D_l + D_g)
-        clip = nn.functional.pad(clip, (0, width - clip.shape[2]))  # (n, L_clip, width)
-        length = max_sequence_length
-        if self.tokenizer_3 is not None:
-            length = min(length, self.tokenizer_3.model_max_length or length)
-        if use_t5 and self.text_encoder_3 is not None:
-            ids = self.tokenizer_3(prompts_3, length).to(self.device)
-            with _running(self, self.text_encoder_3) as encoder:
-                t5 = encoder(ids)  # (n, L_t5, width)
-        else:
-            t5 = clip.new_zeros(len(prompts), length, width)
-        context = torch.cat((clip, t5.to(clip.dtype)), dim=1)  # (n, L_clip + L_t5, width)
-        return {"context": context, "pooled": torch.cat([pooled for _, pooled in clips], dim=1)}
+    def to(self, device: str | torch.device) -> Pipeline:
+        """Move to a device, where the next call runs; ValueError where it is not available."""
+        device = checks.device(device)
+        if not self.offload:
+            for part in vars(self).values():
+                if isinstance(part, nn.Module):
+                    part.to(device)
+        self.device = device
+        return self
 
-    def _clip(self, module: nn.Module, tokenizer: Any, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        window = module.config.max_position_embeddings
-        ids = tokenizer(prompts, min(tokenizer.model_max_length or window, window))
-        with _running(self, module) as encoder:
-            return encoder(ids.to(self.device))
+    def run(self, module: nn.Module, *inputs: Tensor) -> Any:
+        """module(*inputs) on the pipeline's device."""
+        with self.running(module):
+            return module(*(x.to(self.device) for x in inputs))
 
+    @contextmanager
+    def running(self, module: nn.Module) -> Iterator[nn.Module]:
+        """The module on the pipeline's device, and with offload only for as long as it runs."""
+        if not self.offload:
+            yield module
+            return
+        try:
+            yield module.to(self.device)
+        finally:
+            module.to("cpu")
 
-@dataclass
-class LuminaPipeline:
-    """Lumina-Next: Next-DiT with Gemma."""
-
-    transformer: nn.Module
-    vae: nn.Module
-    scheduler: SchedulerConfig
-    text_encoder: nn.Module
-    tokenizer: Any
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    offload: bool = False
-
-    def __call__(
-        self,
-        prompt: Prompts,
-        negative_prompt: Prompts = "",
-        height: int | None = None,
-        width: int | None = None,
-        steps: int | None = None,
-        guidance: float | None = None,
-        seed: int | None = None,
-        latents: Tensor | None = None,
-        num_images: int = 1,
-        ras: RASConfig | Upstream | None = None,
-        callback: Callback | None = None,
-        progress: bool = False,
-        scaling_watershed: float = 1.0,
-        proportional_attn: bool = True,
-        solver: str | None = None,
-    ) -> Output:
-        """Draw `num_images` pictures of every prompt: the arguments of `SD3Pipeline`, and
-
-        scaling_watershed  time in [0, 1] (0 = noise) below which RoPE is scaled linearly, above
-                           which by NTK; 1 is always linear
-        proportional_attn  scale self-attention with the number of tokens
-        """
-
-        def encode(prompts: list[str], negative: list[str] | None) -> tuple[Cond, Cond | None]:
-            extra = {"scaling_watershed": scaling_watershed, "proportional_attn": proportional_attn}
-            both = self.encode(prompts, negative)
-            return _halves(both | extra, len(prompts), negative is not None)
-
-        return _generate(
-            self, encode, prompt, negative_prompt, height, width, steps, guidance, seed, latents,
-            num_images, ras, callback, progress, solver,
-        )  # fmt: skip
-
-    def encode(self, prompts: list[str], negative: list[str] | None = None) -> Cond:
-        """Conditioning of n prompts and their negatives: context (n or 2n, L, D) and context_mask.
-
-        Prompts are lower-cased and stripped, negatives are not; negatives are cut and padded to the
-        length of the prompts, a multiple of 8 up to 256 (the official pipeline, whose published
-        pictures depend on it).
-        """
-        ids, mask = self.tokenizer([p.lower().strip() for p in prompts], 256, 8)  # (n, L)
-        if negative is not None:
-            length = ids.shape[1]
-            more_ids, more_mask = self.tokenizer(negative, length, length)
-            ids, mask = torch.cat((ids, more_ids)), torch.cat((mask, more_mask))  # (2n, L)
-        ids, mask = ids.to(self.device), mask.to(self.device)
-        with _running(self, self.text_encoder) as encoder:
-            return {"context": encoder(ids, mask), "context_mask": mask}
-
-
-def _generate(
-    pipe: Any, encode: Any, prompt: Prompts, negative_prompt: Prompts, height: int | None,
-    width: int | None, steps: int | None, guidance: float | None, seed: int | None,
-    latents: Tensor | None, num_images: int, ras: Any, callback: Callback | None,
-    progress: bool, solver: str | None,
-) -> Output:  # fmt: skip
-    """What both families do: check, encode, draw noise, denoise, decode."""
-    prompts = _texts(prompt, None, "prompt")
-    negative = _texts(negative_prompt, len(prompts), "negative_prompt")
-    if not isinstance(num_images, int) or num_images < 1:
-        raise ValueError(f"num_images is {num_images!r}, must be an integer of at least 1")
-    check_ras(ras)
-    solver = pipe.scheduler.default_solver if solver is None else solver
-    steps = pipe.scheduler.steps(solver) if steps is None else steps
-    guidance = pipe.scheduler.default_guidance if guidance is None else guidance
-    if isinstance(guidance, bool) or not isinstance(guidance, int | float) or not guidance >= 1:
-        raise ValueError(f"guidance is {guidance!r}, must be a number of at least 1 (1 is off)")
-    count = len(prompts) * num_images
-    if latents is None:
-        shape = _latent_shape(pipe, height, width)
+    def _noise(
+        self, latents: Any, seed: Any, generator: Any, height: Any, width: Any, n: int, count: int
+    ) -> tuple[Tensor, int | None]:
+        """Latents to start from, `count` for each of n prompts (B, C, h, w), and their seed."""
+        sources = {"latents": latents, "seed": seed, "generator": generator}
+        given = [name for name, value in sources.items() if value is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are given, which is one source too many")
+        if latents is not None:
+            self._check_latents(latents, n * count, height, width)
+            return latents.float(), None
+        shape = self._latent_shape(height, width)
+        if generator is not None:
+            return noise_of_generator((n * count, *shape), generator), None
         seed = secrets.randbelow(2**32) if seed is None else seed
-        noise = draw_noise(shape, seed, num_images)
-        latents = noise.repeat(len(prompts), 1, 1, 1)  # (B, C, h, w)
-    else:
-        seed = None
-        _check_latents(pipe, latents, count, height, width)
-    tokens = latents.shape[-2] * latents.shape[-1] // pipe.transformer.config.patch_size**2
-    sigmas = pipe.scheduler.sigmas(steps, solver, tokens)
-    with torch.no_grad():
-        cond, uncond = encode(prompts, negative if guidance != 1 else None)
-        if num_images > 1:
-            cond, uncond = (_repeat(half, num_images) for half in (cond, uncond))
-        with _running(pipe, pipe.transformer) as transformer:
-            latents, trace = denoise(
-                transformer, latents.to(pipe.device), sigmas, cond, uncond, guidance,
-                ras=ras, correct=solver == "corrected", callback=callback,
-                progress=progress,
-            )  # fmt: skip
-        with _running(pipe, pipe.vae) as vae:
-            images = [to_image(vae.decode(latent[None])[0]) for latent in latents]
-    return Output(images, latents, trace, seed)
+        return draw_noise(shape, seed, count).repeat(n, 1, 1, 1), seed
+
+    def _latent_shape(self, height: Any, width: Any) -> tuple[int, int, int]:
+        """(C, h, w) for a size in pixels; raises ValueError unless VAE and patch divide it."""
+        config, scale = self.transformer.config, self.vae.config.downscale
+        multiple, sizes = scale * config.patch_size, []
+        for name, size in (("height", height), ("width", width)):
+            size = config.sample_size * scale if size is None else size
+            size = checks.integer(name, size, multiple)
+            if size % multiple:
+                raise ValueError(f"{name} is {size}, must be a positive multiple of {multiple}")
+            sizes.append(size)
+        if sizes[0] * sizes[1] > checks.MOST_PIXELS:
+            raise ValueError(
+                f"height is {checks.short(sizes[0])} and width {checks.short(sizes[1])}, at most "
+                f"{checks.MOST_PIXELS:,} pixels in all are possible"
+            )
+        return self.vae.config.latent_channels, sizes[0] // scale, sizes[1] // scale
+
+    def _check_latents(self, latents: Any, count: int, height: Any, width: Any) -> None:
+        if not isinstance(latents, Tensor) or latents.ndim != 4 or not latents.is_floating_point():
+            what = f"{latents.dtype} {tuple(latents.shape)}" if isinstance(latents, Tensor) else ""
+            raise ValueError(
+                f"latents are {what or checks.short(latents)}, must be a floating point tensor of "
+                "shape (images, channels, height, width)"
+            )
+        scale = self.vae.config.downscale
+        tall, wide = (s * scale for s in latents.shape[-2:])
+        shape = (count, *self._latent_shape(tall, wide))
+        if tuple(latents.shape) != shape:
+            raise ValueError(
+                f"latents have shape {tuple(latents.shape)}, must be ({shape[0]}, {shape[1]}, h, w)"
+            )
+        if (tall if height is None else height, wide if width is None else width) != (tall, wide):
+            raise ValueError(
+                f"latents are for {wide}x{tall} pixels, but "
+                f"{checks.short(width)}x{checks.short(height)} was asked"
+            )
+        if latents.is_meta or not latents.isfinite().all():
+            raise ValueError("latents have values that are not finite, or none")
+
+    def _levels(self, steps: Any, sigmas: Any, solver: str, tokens: int) -> Tensor:
+        """Noise levels (steps + 1,), from the scheduler or of one's own."""
+        if sigmas is None:
+            if steps is None:
+                steps = self.scheduler.steps(solver)
+            steps = checks.integer("steps", steps, 1, checks.MOST_STEPS)
+            return self.scheduler.sigmas(steps, solver, tokens)
+        if steps is not None:
+            raise ValueError("steps and sigmas are given, must be one of them")
+        return self.scheduler.shifted(own_levels(sigmas), tokens)
+
+    def _decode(self, latents: Tensor, output: str) -> list[Image.Image] | np.ndarray:
+        """Pictures one after the other, so that memory is that of one."""
+        if output == "latent":
+            return []
+        convert = to_image if output == "pil" else to_array
+        with self.running(self.vae) as vae:
+            images = [convert(vae.decode(latent[None])[0]) for latent in latents]
+        return images if output == "pil" else np.stack(images)
+
+
+def own_levels(sigmas: Any) -> Tensor:
+    """A caller's noise levels as float32 that end with 0."""
+    try:
+        levels = torch.as_tensor(sigmas, dtype=torch.float32).cpu()
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        levels = torch.empty(0)
+    if levels.ndim == 1 and len(levels) and levels[-1] != 0:
+        levels = torch.cat((levels, torch.zeros(1)))
+    falling = levels.ndim == 1 and len(levels) > 1 and bool((levels.diff() < 0).all())
+    if not falling or not levels[0] <= 1 or levels[-1] != 0 or len(levels) > checks.MOST_STEPS + 1:
+        raise ValueError(
+            f"sigmas are {checks.short(sigmas)}, must be 1 to {checks.MOST_STEPS} falling noise "
+            "levels in (0, 1], with or without a 0 at the end"
+        )
+    return levels
 
 
 def draw_noise(shape: tuple[int, ...], seed: int, count: int) -> Tensor:
     """`count` noises of a seed, (count, *shape) float32, drawn on the CPU one after the other:
     noise i is the same for any count and on any device. Raises ValueError for a bad seed."""
-    if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed is {seed!r}, must be an integer of at most 64 bits")
+    seed = checks.integer("seed", seed, -(2**63), 2**64 - 1)
     generator = torch.Generator().manual_seed(seed)
     return torch.stack([torch.randn(shape, generator=generator) for _ in range(count)])
+
+
+def noise_of_generator(shape: tuple[int, ...], generator: Any) -> Tensor:
+    """One draw for the whole batch, on the generator's own device, as diffusers' randn_tensor."""
+    if not isinstance(generator, torch.Generator):
+        raise ValueError(f"generator is {checks.short(generator)}, must be a torch.Generator")
+    return torch.randn(shape, generator=generator, device=generator.device)
 
 
 def to_image(pixels: Tensor) -> Image.Image:
@@ -265,75 +300,6 @@ def to_image(pixels: Tensor) -> Image.Image:
     return Image.fromarray(bytes_.permute(1, 2, 0).cpu().numpy())  # (H, W, 3)
 
 
-def _texts(texts: Prompts, count: int | None, name: str) -> list[str]:
-    """One string or several as a list; a single one serves `count` times."""
-    listed = [texts] if isinstance(texts, str) else texts
-    if not isinstance(listed, list | tuple) or not all(isinstance(t, str) for t in listed):
-        raise ValueError(f"{name} is {texts!r}, must be a string or a list of strings")
-    if not listed:
-        raise ValueError(f"{name} is an empty list, must have at least one string")
-    if count is not None and isinstance(texts, str):
-        listed = [texts] * count
-    if count is not None and len(listed) != count:
-        raise ValueError(f"{name} has {len(listed)} strings, must have one or {count}")
-    return list(listed)
-
-
-def _halves(both: Cond, count: int, guided: bool) -> tuple[Cond, Cond | None]:
-    """Rows of the prompts and of the negatives; what is no tensor belongs to both."""
-
-    def rows(part: slice) -> Cond:
-        return {k: v[part] if isinstance(v, Tensor) else v for k, v in both.items()}
-
-    return rows(slice(count)), rows(slice(count, None)) if guided else None
-
-
-def _repeat(cond: Cond | None, times: int) -> Cond | None:
-    """Every row `times` times in a row."""
-    if cond is None:
-        return None
-    return {
-        k: v.repeat_interleave(times, dim=0) if isinstance(v, Tensor) else v
-        for k, v in cond.items()
-    }
-
-
-def _latent_shape(pipe: Any, height: int | None, width: int | None) -> tuple[int, int, int]:
-    """(C, h, w) for a size in pixels; raises ValueError unless VAE and patch divide it."""
-    config, scale = pipe.transformer.config, pipe.vae.config.downscale
-    multiple = scale * config.patch_size
-    sizes = [config.sample_size * scale if s is None else s for s in (height, width)]
-    for name, size in zip(("height", "width"), sizes, strict=True):
-        if not isinstance(size, int) or size < multiple or size % multiple:
-            raise ValueError(f"{name} is {size!r}, must be a positive multiple of {multiple}")
-    return config.in_channels, sizes[0] // scale, sizes[1] // scale
-
-
-def _check_latents(
-    pipe: Any, latents: Tensor, count: int, height: int | None, width: int | None
-) -> None:
-    if not isinstance(latents, Tensor) or latents.ndim != 4:
-        raise ValueError("latents must be a tensor of shape (images, channels, height, width)")
-    scale = pipe.vae.config.downscale
-    tall, wide = (s * scale for s in latents.shape[-2:])
-    _latent_shape(pipe, tall, wide)
-    if (height or tall, width or wide) != (tall, wide):
-        raise ValueError(f"latents are for {wide}x{tall} pixels, but {width}x{height} was asked")
-    wanted = (count, pipe.transformer.config.in_channels)
-    if tuple(latents.shape[:2]) != wanted:
-        raise ValueError(
-            f"latents have shape {tuple(latents.shape)}, must be ({wanted[0]}, {wanted[1]}, h, w)"
-        )
-
-
-@contextmanager
-def _running(pipe: Any, module: nn.Module) -> Iterator[nn.Module]:
-    """The module on the pipeline's device, and with offload only for as long as it runs."""
-    if not pipe.offload:
-        yield module
-        return
-    module.to(pipe.device)
-    try:
-        yield module
-    finally:
-        module.to("cpu")
+def to_array(pixels: Tensor) -> np.ndarray:
+    """(3, H, W) in [-1, 1] to (H, W, 3) float32 in [0, 1]; what lies outside is clamped."""
+    return (pixels.float() / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).cpu().numpy()

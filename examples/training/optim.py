@@ -14,8 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from minidit.pipeline import LuminaPipeline
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -42,7 +40,7 @@ class Plan:
 def optimisers(pipe: Any, *networks: nn.Module) -> tuple[Muon, torch.optim.AdamW]:
     """Muon for the matrices inside blocks and layers, AdamW for all other parameters."""
     named = [pair for network in networks for pair in network.named_parameters()]
-    if isinstance(pipe, LuminaPipeline):  # it reads what enters Gemma's last layer
+    if pipe.family == "lumina":  # it reads what enters Gemma's last layer
         unread = f"text_encoder.layers.{len(pipe.text_encoder.layers) - 1}."
         named = [(n, p) for n, p in named if not n.startswith(unread)]
     inner = [(n, p) for n, p in named if re.search(r"(^|\.)(blocks|layers)\.", n)]

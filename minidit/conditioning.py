@@ -1,0 +1,154 @@
+"""What a family makes of a prompt: the tensors that its text encoders give, and its guidance.
+
+`FAMILIES` has two functions a family. Their keyword-only parameters are the names that the pipeline
+takes for that family besides its own.
+
+    encode(pipe, prompts, negatives, *, ...) -> Cond           negatives, then prompts, as one batch
+    guide(pipe, guidance, *, ...) -> (Guidance, Cond)          how to guide, and what else the
+                                                               network is to be told
+
+n rows (negatives and prompts), L text tokens, D width of the network's context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from inspect import Parameter, signature
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from minidit import checks
+from minidit.flow import Guidance
+
+Cond = dict[str, Any]
+
+
+class Family(NamedTuple):
+    """How one kind of network is conditioned."""
+
+    encode: Callable[..., Cond]
+    guide: Callable[..., tuple[Guidance, Cond]]
+
+    def split(self, options: Cond) -> tuple[Cond, Cond]:
+        """Options for `encode` and for `guide`; ValueError for a name that neither takes."""
+        known = [options_of(function) for function in self]
+        checks.names("this model", options, known[0] + known[1])
+        ours, theirs = ({k: options[k] for k in options if k in names} for names in known)
+        return ours, theirs
+
+
+def options_of(function: Callable[..., Any]) -> list[str]:
+    """The keyword-only parameters of a function."""
+    parameters = signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY]
+
+
+def encode_sd3(
+    pipe: Any,
+    prompts: list[str],
+    negatives: list[str],
+    *,
+    prompt_2: str | Sequence[str] | None = None,
+    prompt_3: str | Sequence[str] | None = None,
+    max_sequence_length: int = 256,
+    use_t5: bool = True,
+) -> Cond:
+    """SD3 and SD3.5: context (n, L, D) and pooled (n, P).
+
+    The tokens of two CLIPs side by side, zero-padded to T5's width, then T5's behind them; no
+    encoder is given an attention mask (sd3-ref sd3_infer.py, get_cond).
+
+    prompt_2, prompt_3   other texts for CLIP-G and for T5 than for CLIP-L
+    max_sequence_length  tokens of T5, at most what its tokenizer allows
+    use_t5               False puts zeros in T5's place, as where there is no T5
+    """
+    length = checks.integer("max_sequence_length", max_sequence_length, 2, 512)
+    use_t5 = checks.flag("use_t5", use_t5) and pipe.text_encoder_3 is not None
+    rows = [negatives + prompts]  # of each encoder
+    for name, other in (("prompt_2", prompt_2), ("prompt_3", prompt_3)):
+        other = prompts if other is None else checks.texts(name, other, len(prompts))
+        rows.append(negatives + other)
+    hidden, pooled = clip(pipe, pipe.text_encoder, pipe.tokenizer, rows[0])
+    hidden_2, pooled_2 = clip(pipe, pipe.text_encoder_2, pipe.tokenizer_2, rows[1])
+    context = torch.cat((hidden, hidden_2), dim=2)  # (n, L_clip, D_l + D_g)
+    width = pipe.transformer.config.joint_attention_dim
+    context = pad(context, (0, width - context.shape[2]))  # (n, L_clip, D)
+    if pipe.tokenizer_3 is not None:
+        length = min(length, pipe.tokenizer_3.model_max_length or length)
+    if use_t5:
+        t5 = pipe.run(pipe.text_encoder_3, pipe.tokenizer_3(rows[2], length))  # (n, L_t5, D)
+    else:
+        t5 = context.new_zeros(len(context), length, width)
+    context = torch.cat((context, t5.to(context.dtype)), dim=1)  # (n, L_clip + L_t5, D)
+    return {"context": context, "pooled": torch.cat((pooled, pooled_2), dim=1)}
+
+
+def clip(pipe: Any, encoder: Any, tokenizer: Any, rows: list[str]) -> tuple[Tensor, Tensor]:
+    """A CLIP's hidden states (n, L_clip, D_clip) and pooled vectors (n, P_clip) of texts."""
+    window = encoder.config.max_position_embeddings
+    return pipe.run(encoder, tokenizer(rows, min(tokenizer.model_max_length or window, window)))
+
+
+def guide_sd3(
+    pipe: Any,
+    guidance: float,
+    *,
+    skip_layers: Sequence[int] = (),
+    skip_guidance: float = 2.8,
+    skip_start: float = 0.01,
+    skip_stop: float = 0.2,
+) -> tuple[Guidance, Cond]:
+    """Classifier-free guidance, and skip-layer guidance where layers are named: see `Guidance`."""
+    last = pipe.transformer.config.num_layers - 1
+    if not isinstance(skip_layers, Sequence) or isinstance(skip_layers, str):
+        raise ValueError(
+            f"skip_layers is {checks.short(skip_layers)}, must be a list of layer numbers"
+        )
+    layers = tuple(checks.integer("a number in skip_layers", i, 0, last) for i in skip_layers)
+    return Guidance(guidance, layers, skip_guidance, skip_start, skip_stop), {}
+
+
+def encode_lumina(pipe: Any, prompts: list[str], negatives: list[str]) -> Cond:
+    """Lumina-Next: context (n, L, D) and context_mask (n, L).
+
+    Prompts are lower-cased and stripped, negatives are not; negatives are cut and padded to the
+    length of the prompts, a multiple of 8 up to 256 (the official pipeline, whose published
+    pictures depend on it).
+    """
+    ids, mask = pipe.tokenizer([p.lower().strip() for p in prompts], 256, 8)  # (prompts, L)
+    if negatives:
+        length = ids.shape[1]
+        first_ids, first_mask = pipe.tokenizer(negatives, length, length)
+        ids, mask = torch.cat((first_ids, ids)), torch.cat((first_mask, mask))  # (n, L)
+    context = pipe.run(pipe.text_encoder, ids, mask)
+    return {"context": context, "context_mask": mask.to(context.device)}
+
+
+def guide_lumina(
+    pipe: Any,
+    guidance: float,
+    *,
+    scaling_watershed: float = 1.0,
+    proportional_attn: bool = True,
+) -> tuple[Guidance, Cond]:
+    """Classifier-free guidance.
+
+    scaling_watershed  time in [0, 1] (0 = noise) below which RoPE is scaled linearly, above which
+                       by NTK; 1 is always linear
+    proportional_attn  scale self-attention with the number of tokens
+    """
+    watershed = checks.number("scaling_watershed", scaling_watershed, 0, 1)
+    proportional = checks.flag("proportional_attn", proportional_attn)
+    return Guidance(guidance), {
+        "scaling_watershed": watershed,
+        "proportional_attn": proportional,
+    }
+
+
+FAMILIES = {
+    "sd3": Family(encode_sd3, guide_sd3),
+    "lumina": Family(encode_lumina, guide_lumina),
+}
