@@ -298,22 +298,25 @@ def _open_file(path: Path, use_t5: bool, extra: Sequence[Path]) -> Model:
     parts = read_parts(path)
     for place in extra:
         parts += read_parts(place) if place.is_file() else []
-    transformers = [part for part in parts if part.kind in kinds("transformer")]
-    for part in transformers:
-        _add(model, part, "transformer")
+    for part in parts:
+        if part.kind in kinds("transformer"):
+            _add(model, part, "transformer")
     family = FAMILIES.get(model.family or "")
     for part in parts:
-        if part not in transformers:
+        if part.kind not in kinds("transformer"):
             _add(model, part, _component(part, family or FAMILIES["sd3"]))
     if not use_t5:
         model.parts.pop("text_encoder_3", None)
     if family is None:
+        if "vae" in model.parts:
+            raise ValueError(
+                f"{path} is a VAE alone, whose scale is not in it: name the model's file"
+            )
         return model
     for folder in [*(place for place in extra if place.is_dir()), path.parent]:
         _look_in(folder, model, family, use_t5)
-    vae = model.parts.get("vae")
-    if vae and vae.layout == "original":
-        model.parts["vae"] = vae._replace(config=replace(vae.config, **family.latents))
+    for name, part in model.parts.items():
+        model.parts[name] = _as_in(family, part, CLASSES[family.components[name]][1])
     model.scheduler = model.scheduler or default_scheduler(model, family)
     for name in _needed(model, family):
         if name not in model.parts and name not in model.tokenizers:
@@ -348,6 +351,19 @@ def _component(part: Part, family: Family) -> str:
     if len(names) > 1:  # SD3's CLIPs
         return names[0] if is_clip_l(part.stored) else names[1]
     return names[0]
+
+
+def _as_in(family: Family, part: Part, layout: str) -> Part:
+    """A part with what a file without a config does not tell, but the family does."""
+    if part.kind == "vae" and part.layout == "original":
+        if not family.latents:
+            raise ValueError(f"{part.where} has no scale of its latents: use a folder vae instead")
+        return part._replace(config=replace(part.config, **family.latents))
+    if part.kind == "clip" and part.layout != layout == "unprojected":
+        stored = {k: t for k, t in part.stored.items() if k != "text_projection.weight"}
+        config = replace(part.config, projection_dim=part.config.hidden_size)
+        return part._replace(layout=layout, config=config, stored=stored)
+    return part
 
 
 def _add(model: Model, part: Part, name: str) -> None:
