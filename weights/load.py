@@ -27,11 +27,12 @@ from weights.config import config_from
 from weights.files import COMPONENTS, FOREIGN, plain, read_header, read_json, read_torch, short
 from weights.keymap import Family, Recipe
 from weights.networks import (
-    CLASSES,
     FAMILIES,
     Model,
     Part,
     build,
+    class_of,
+    family_of,
     kinds,
     read_config,
     read_into,
@@ -197,9 +198,21 @@ def open_model(path: Path, use_t5: bool = True, extra: Sequence[Path] = ()) -> M
     file = path if path.is_file() else _one_file(path)
     if file is None and extra:
         raise ValueError(f"{path} is in the diffusers layout: {extra[0]} cannot be added to it")
-    model = _open_folder(path, use_t5) if file is None else _open_file(file, use_t5, extra)
-    if model.family is not None:
-        _check_together(model, FAMILIES[model.family])
+    model = Model(file or path, "single file" if file else "folder in the diffusers layout")
+    for place in [file, *extra]:
+        if place is not None and place.is_file():
+            _add_file(model, place)
+    folders = [place for place in extra if place.is_dir()] + [file.parent if file else path]
+    listed = _listed(path) if file is None else None
+    for name in COMPONENTS:
+        if name == "text_encoder_3" and not use_t5:
+            model.parts.pop(name, None)
+        elif name not in model.parts and (model.family or not file):
+            _find(model, name, folders, listed)
+    if file:
+        model.missing.pop("scheduler", None)
+        model.scheduler = model.scheduler or default_scheduler(model)
+    _check_together(model)
     return model
 
 
@@ -223,36 +236,25 @@ def require(model: Model) -> None:
     raise FileNotFoundError(message)
 
 
-def _open_folder(folder: Path, use_t5: bool) -> Model:
-    """The diffusers layout."""
-    listed = _listed(folder)
-    model = Model(folder, "folder in the diffusers layout")
-    for name in COMPONENTS:
-        if name not in listed or (name == "text_encoder_3" and not use_t5):
-            continue
-        family = FAMILIES.get(model.family or "")
-        try:
-            if name == "scheduler":
-                fallback = default_scheduler(model, family) if family else SchedulerConfig()
-                model.scheduler = read_scheduler(folder / name, fallback)
-            elif name.startswith("tokenizer"):
-                model.tokenizers[name] = _find_tokenizer(folder / name, name, family)
-            else:
-                model.parts[name] = read_config(folder / name, name)
-                model.parts[name] = read_part(folder / name, name)
-        except FileNotFoundError as error:
-            model.missing[name] = str(error)
+def _find(model: Model, name: str, folders: list[Path], listed: list[str] | None) -> None:
+    """Add a component to a model from the first of the folders that has it, or say it is missing.
+
+    listed are the components that a folder in the diffusers layout should have.
+    """
     family = FAMILIES.get(model.family or "")
-    for name in [*_needed(model, family), "scheduler"] if family else []:
-        if name not in listed:
-            model.missing[name] = f"there is no folder {name} in {folder}"
-    return model
-
-
-def _needed(model: Model, family: Family) -> list[str]:
-    """The components that a model needs; T5 is optional, but not without its tokenizer."""
-    needed = [name for name in family.components if name not in family.optional]
-    return [*needed, *(["tokenizer_3"] if "text_encoder_3" in model.parts else [])]
+    known = family is None or name in family.components or name == "scheduler"
+    try:
+        look = known if listed is None else name in listed
+        if look and any(_look_in(folder, model, name, family) for folder in folders):
+            return
+    except FileNotFoundError as error:
+        model.missing[name] = str(error)
+        return
+    needed = family is not None and known and name not in family.optional
+    if name == "tokenizer_3":  # T5 is optional, but not without its tokenizer
+        needed = needed or "text_encoder_3" in model.parts
+    if needed or name in (listed or ()):
+        model.missing[name] = _what_to_add(name, model, family)
 
 
 def _listed(folder: Path) -> list[str]:
@@ -292,38 +294,6 @@ def _one_file(folder: Path) -> Path | None:
     )
 
 
-def _open_file(path: Path, use_t5: bool, extra: Sequence[Path]) -> Model:
-    """A single file, with what was named besides and what lies beside it."""
-    model = Model(path, "single file")
-    parts = read_parts(path)
-    for place in extra:
-        parts += read_parts(place) if place.is_file() else []
-    for part in parts:
-        if part.kind in kinds("transformer"):
-            _add(model, part, "transformer")
-    family = FAMILIES.get(model.family or "")
-    for part in parts:
-        if part.kind not in kinds("transformer"):
-            _add(model, part, _component(part, family or FAMILIES["sd3"]))
-    if not use_t5:
-        model.parts.pop("text_encoder_3", None)
-    if family is None:
-        if "vae" in model.parts:
-            raise ValueError(
-                f"{path} is a VAE alone, whose scale is not in it: name the model's file"
-            )
-        return model
-    for folder in [*(place for place in extra if place.is_dir()), path.parent]:
-        _look_in(folder, model, family, use_t5)
-    for name, part in model.parts.items():
-        model.parts[name] = _as_in(family, part, CLASSES[family.components[name]][1])
-    model.scheduler = model.scheduler or default_scheduler(model, family)
-    for name in _needed(model, family):
-        if name not in model.parts and name not in model.tokenizers:
-            model.missing[name] = _what_to_add(name, model, family)
-    return model
-
-
 def read_parts(path: Path) -> list[Part]:
     """The networks in a file, told by their tensors' names and shapes; ValueError for others."""
     if path.suffix in FOREIGN:
@@ -343,79 +313,61 @@ def read_parts(path: Path) -> list[Part]:
     return [sized_part(share, f"{path} ({prefix}*)") for prefix, share in shares.items()]
 
 
-def _component(part: Part, family: Family) -> str:
-    """Which component of a family a network is."""
-    names = [n for n, cls in family.components.items() if CLASSES.get(cls, "")[:1] == (part.kind,)]
-    if not names:
-        raise ValueError(f"{part.where} is a {part.kind}, which {family.title} has not")
-    if len(names) > 1:  # SD3's CLIPs
-        return names[0] if is_clip_l(part.stored) else names[1]
-    return names[0]
+def _add_file(model: Model, path: Path, only: str | None = None) -> None:
+    """Add the networks of a file to a model; `only` is the component that it must hold."""
+    parts = read_parts(path)
+    # the transformer first: what the others are depends on the family
+    for part in sorted(parts, key=lambda part: part.kind not in kinds("transformer")):
+        family = FAMILIES[model.family or family_of(part.kind) or "sd3"]
+        names = [n for n, cls in family.components.items() if class_of(cls)[0] == part.kind]
+        if len(names) > 1:  # SD3's CLIPs
+            names = names[:1] if is_clip_l(part.stored) else names[1:]
+        if not names:
+            raise ValueError(f"{part.where} is a {part.kind}, which {family.title} has not")
+        if only is not None and names != [only]:
+            raise ValueError(f"{path} holds {names[0]}, must hold {only}")
+        if names[0] in model.parts:
+            other = model.parts[names[0]].where
+            raise ValueError(f"{names[0]} is in {other} and again in {part.where}")
+        model.parts[names[0]] = part
 
 
-def _as_in(family: Family, part: Part, layout: str) -> Part:
-    """A part with what a file without a config does not tell, but the family does."""
-    if part.kind == "vae" and part.layout == "original":
-        if not family.latents:
-            raise ValueError(f"{part.where} has no scale of its latents: use a folder vae instead")
-        return part._replace(config=replace(part.config, **family.latents))
-    if part.kind == "clip" and part.layout != layout == "unprojected":
-        stored = {k: t for k, t in part.stored.items() if k != "text_projection.weight"}
-        config = replace(part.config, projection_dim=part.config.hidden_size)
-        return part._replace(layout=layout, config=config, stored=stored)
-    return part
+def _look_in(folder: Path, model: Model, name: str, family: Family | None) -> bool:
+    """Add a component that a folder has to a model; FileNotFoundError if it has a part of it."""
+    here = folder / name
+    if not here.is_dir():
+        places = (folder, folder / "text_encoders")
+        files = [
+            p / file for file in (family.beside if family else {}).get(name, ()) for p in places
+        ]
+        for file in [file for file in files if file.is_file()][:1]:
+            _add_file(model, file, only=name)
+        return name in model.parts
+    if name == "scheduler":
+        fallback = default_scheduler(model) if family else SchedulerConfig()
+        model.scheduler = read_scheduler(here, fallback)
+    elif name.startswith("tokenizer"):
+        main = MAIN_FILE.get(family.components.get(name, "") if family else "")
+        if not any((here / file).is_file() for file in ([main] if main else FILES)):
+            raise FileNotFoundError(f"there is no {main or ' or '.join(FILES)} in {here}")
+        model.tokenizers[name] = here
+    else:
+        model.parts[name] = read_config(here, name)
+        model.parts[name] = read_part(here, name)
+    return True
 
 
-def _add(model: Model, part: Part, name: str) -> None:
-    if name in model.parts:
-        raise ValueError(f"{name} is in {model.parts[name].where} and again in {part.where}")
-    model.parts[name] = part
-
-
-def _look_in(folder: Path, model: Model, family: Family, use_t5: bool) -> None:
-    """Add what a folder has of the components that a file lacks."""
-    for name in [*family.components, "scheduler"]:
-        here = folder / name
-        if name == "scheduler":
-            if model.scheduler is None and (here / "scheduler_config.json").is_file():
-                model.scheduler = read_scheduler(here, default_scheduler(model, family))
-        elif name.startswith("tokenizer"):
-            if name not in model.tokenizers and here.is_dir():
-                model.tokenizers[name] = _find_tokenizer(here, name, family)
-        elif name in model.parts or (name == "text_encoder_3" and not use_t5):
-            continue
-        elif (here / "config.json").is_file():
-            model.parts[name] = read_part(here, name)
-        else:
-            places = (folder, folder / "text_encoders")
-            files = [p / file for file in family.beside.get(name, ()) for p in places]
-            for file in [file for file in files if file.is_file()][:1]:
-                for part in read_parts(file):
-                    found = _component(part, family)
-                    if found != name:
-                        raise ValueError(f"{file} holds {found}, must hold {name}")
-                    _add(model, part, name)
-
-
-def _what_to_add(name: str, model: Model, family: Family) -> str:
-    """What would bring a component that is not in a single file."""
-    there = f"a folder {name} beside {model.where.name}"
+def _what_to_add(name: str, model: Model, family: Family | None) -> str:
+    """What would bring a component that is missing."""
+    if family is None or not model.where.is_file():
+        return f"there is no folder {name} in {model.where}"
+    what = f"a folder {name}"
     if name in family.beside:
-        return f"{family.beside[name][0]} or {there}"
+        what = f"{family.beside[name][0]} or {what}"
     if name.startswith("tokenizer"):
         main = MAIN_FILE[family.components[name]]
-        small = ", ".join((main, *FILES[main]))
-        return f"a folder {name} with the small files {small} beside {model.where.name}"
-    return there
-
-
-def _find_tokenizer(folder: Path, name: str, family: Family | None) -> Path:
-    """The folder itself if it has the tokenizer's main file; FileNotFoundError if not."""
-    cls = family.components.get(name) if family else None
-    files = [MAIN_FILE[cls]] if cls else [*FILES]
-    if not any((folder / file).is_file() for file in files):
-        raise FileNotFoundError(f"there is no {' or '.join(files)} in {folder}")
-    return folder
+        what += f" with the small files {', '.join((main, *FILES[main]))}"
+    return f"{what} beside {model.where.name}"
 
 
 def read_scheduler(folder: Path, fallback: SchedulerConfig) -> SchedulerConfig:
@@ -440,25 +392,43 @@ def read_scheduler(folder: Path, fallback: SchedulerConfig) -> SchedulerConfig:
     return replace(config, **{name: getattr(fallback, name) for name in ours})
 
 
-def default_scheduler(model: Model, family: Family) -> SchedulerConfig:
-    """What to sample with where no file says it."""
+def default_scheduler(model: Model) -> SchedulerConfig | None:
+    """What to sample with where no file says it; None without a transformer."""
+    if model.family is None:
+        return None
     where = model.where
     cached = where.parent.name == "snapshots"  # in the hub's cache the folder is a commit
     name = (where.parent.parent if cached else where).name
-    return family.scheduler(model.parts["transformer"].config, name)
+    return FAMILIES[model.family].scheduler(model.parts["transformer"].config, name)
 
 
-def _check_together(model: Model, family: Family) -> None:
-    """Raise ValueError where parts are of different models: their kinds and widths must meet."""
+def _check_together(model: Model) -> None:
+    """Complete what files without a config leave open, and raise ValueError where parts are of
+    different models: their kinds and widths must meet."""
+    if model.family is None:
+        if any(part.layout == "original" and part.kind == "vae" for part in model.parts.values()):
+            raise ValueError(
+                f"{model.where} is a VAE alone, which does not say its scale: name the model"
+            )
+        return
+    family = FAMILIES[model.family]
     for name in [*model.parts, *model.tokenizers]:
         if name not in family.components:
             raise ValueError(f"{model.where} has a {name}, which {family.title} has not")
     for name, part in model.parts.items():
-        kind = CLASSES[family.components[name]][0]
+        kind, layout = class_of(family.components[name])
         if part.kind != kind:
             raise ValueError(
                 f"{model.where}: its {name} is a {part.kind}, but its transformer needs a {kind}"
             )
+        if kind == "vae" and part.layout == "original":
+            if not family.latents:
+                raise ValueError(f"{part.where} does not say its scale: use a folder vae instead")
+            model.parts[name] = part._replace(config=replace(part.config, **family.latents))
+        if kind == "clip" and layout == "unprojected" and part.layout == "diffusers":
+            stored = {k: t for k, t in part.stored.items() if k != "text_projection.weight"}
+            config = replace(part.config, projection_dim=part.config.hidden_size)
+            model.parts[name] = part._replace(layout=layout, config=config, stored=stored)
     for field, sources in family.widths.items():
         if all(name in model.parts for name, _ in sources):
             width = sum(getattr(model.parts[name].config, source) for name, source in sources)

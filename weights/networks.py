@@ -68,16 +68,20 @@ class Model:
         return family_of(self.parts["transformer"].kind) if "transformer" in self.parts else None
 
 
+def class_of(name: str) -> tuple[str, str]:
+    """Kind and layout of a network's class in the official libraries; "" twice for others."""
+    return CLASSES.get(name, ("", ""))
+
+
 def kinds(component: str) -> set[str]:
     """The networks that can fill a component, in any family."""
-    classes = (family.components.get(component) for family in FAMILIES.values())
-    return {CLASSES[name][0] for name in classes if name in CLASSES}
+    return {class_of(family.components.get(component, ""))[0] for family in FAMILIES.values()}
 
 
-def family_of(kind: str) -> str:
-    """The family whose transformer is of this kind."""
-    named = {CLASSES[family.components["transformer"]][0]: n for n, family in FAMILIES.items()}
-    return named[kind]
+def family_of(kind: str) -> str | None:
+    """The family whose transformer is of this kind, a key of FAMILIES; None for other networks."""
+    kinds = {class_of(f.components["transformer"])[0]: name for name, f in FAMILIES.items()}
+    return kinds.get(kind)
 
 
 def read_part(folder: Path, component: str) -> Part:

@@ -55,8 +55,8 @@ def save(pipe: Any, folder: str | PathLike[str], dtype: torch.dtype | None = Non
     it is written; what stops the writing leaves nothing.
     Raises FileExistsError if the folder is there, ValueError for a pipeline that cannot be written.
     """
-    transformer = getattr(pipe, "transformer", None)
-    family = FAMILIES[family_of(kind_of(transformer))]
+    kind = kind_of(getattr(pipe, "transformer", None))
+    family = FAMILIES[family_of(kind) or ""]
     outputs, tokenizers = {}, {}
     for name, cls in family.components.items():
         part = getattr(pipe, name, None)
