@@ -40,6 +40,7 @@ __all__ = [
     "flow_sigmas",
     "load",
     "load_component",
+    "save",
 ]
 
 
@@ -86,3 +87,10 @@ def load_component(
     from weights.load import load_component
 
     return load_component(path, name, device=device, dtype=dtype)
+
+
+def save(pipe: Any, folder: str | PathLike[str], dtype: torch.dtype | None = None) -> None:
+    """Write a pipeline as a folder in the official layout: see `weights.save.save`."""
+    from weights.save import save
+
+    save(pipe, folder, dtype)

@@ -27,10 +27,7 @@ Rope = tuple[Tensor, Tensor]  # cosines and sines, see `NextDiT._rotations`
 
 @dataclass(frozen=True)
 class NextDiTConfig:
-    """Sizes of a Next-DiT; the fields carry the names of the official transformer/config.json.
-
-    shared_query is ours: False for files whose self- and cross-attention have queries of their own.
-    """
+    """Sizes of a Next-DiT; the fields carry the names of the official transformer/config.json."""
 
     sample_size: int = 128
     patch_size: int = 2
@@ -45,7 +42,6 @@ class NextDiTConfig:
     learn_sigma: bool = True
     qk_norm: bool = True
     cross_attention_dim: int = 2048
-    shared_query: bool = True
 
     @property
     def head_dim(self) -> int:
@@ -272,7 +268,6 @@ class Attention(nn.Module):
         C, kv, text = config.hidden_size, config.kv_width, config.cross_attention_dim
         self.index, self.head_dim = index, config.head_dim
         self.group = C // kv
-        self.shared_query = config.shared_query
 
         def norm(width: int) -> nn.Module:  # over all heads together
             return nn.LayerNorm(width) if config.qk_norm else nn.Identity()
@@ -280,8 +275,6 @@ class Attention(nn.Module):
         self.q, self.q_norm = nn.Linear(C, C, bias=False), norm(C)
         self.k, self.k_norm = nn.Linear(C, kv, bias=False), norm(kv)
         self.v = nn.Linear(C, kv, bias=False)
-        if not config.shared_query:
-            self.context_q, self.context_q_norm = nn.Linear(C, C, bias=False), norm(C)
         self.context_k, self.context_k_norm = nn.Linear(text, kv, bias=False), norm(kv)
         self.context_v = nn.Linear(text, kv, bias=False)
         self.gate = nn.Parameter(torch.zeros(config.num_attention_heads))
@@ -305,8 +298,6 @@ class Attention(nn.Module):
             k, v = cache.write(self.index, k, v, rows)  # (B, N, G, D)
         image_out = attention(q, k, v, scale=scale)  # (B, K, C)
 
-        if not self.shared_query:
-            q = rotate(self._heads(self.context_q_norm(self.context_q(x))), rope)  # (B, K, H, D)
         k = self._heads(self.context_k_norm(self.context_k(text)))  # (B, L, G, D)
         v = self._heads(self.context_v(text))  # (B, L, G, D)
         # with a mask, grouped heads get only the slow kernel on GPUs; the text is short

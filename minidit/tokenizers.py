@@ -1,22 +1,21 @@
-"""Text to token ids as the official pipelines do it: CLIP, T5 and Gemma.
+"""Text to token ids as the official pipelines do it: CLIP's, and those of T5 and Gemma.
 
 CLIP's byte-level BPE is written out here; T5 and Gemma run their SentencePiece models through the
-sentencepiece library. What the three add around that is the same: special tokens that the text
-spells out, cutting, padding.
+sentencepiece library and differ in how a row starts, ends and is filled up. What is around that is
+the same for all: special tokens that the text spells out, cutting, padding.
+`weights.tokenizers.read_tokenizer` makes them from the official files.
 
 B batch, L tokens that a row has room for.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 from sentencepiece import SentencePieceProcessor
@@ -54,11 +53,13 @@ class CLIPTokenizer:
     ) -> None:
         for piece in (bos, eos, unk, pad):
             if piece not in vocab:
-                raise ValueError(f"the vocabulary has no special token {piece!r}")
+                raise ValueError(f"the vocabulary has no special token {piece!r:.80}")
         for pair in merges:
             for piece in (*pair, "".join(pair)):
                 if piece not in vocab:
-                    raise ValueError(f"the vocabulary has no {piece!r} for the merge {pair}")
+                    raise ValueError(
+                        f"the vocabulary has no {piece!r:.80} for the merge {pair!r:.80}"
+                    )
         lower = special_lower or {}
         named = {piece: vocab[piece] for piece in (bos, eos, unk, pad) if piece not in lower}
         self.special = Special(named | (special or {}))
@@ -66,34 +67,11 @@ class CLIPTokenizer:
         self.bos_id, self.eos_id = vocab[bos], vocab[eos]
         self.unk_id, self.pad_id = vocab[unk], vocab[pad]
         self.model_max_length = model_max_length
+        self.folder: Path | None = None  # whose files it was read from, for who saves it
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
         self.vocab = vocab
         self.pieces = {id: piece for piece, id in (vocab | lower | self.special.ids).items()}
         self._words: dict[str, list[int]] = {}  # words come again, so their ids are kept
-
-    @classmethod
-    def from_folder(cls, path: str | Path) -> CLIPTokenizer:
-        """Read vocab.json and merges.txt, the special tokens from the two JSON files if there.
-
-        Raises FileNotFoundError for a missing file, ValueError for one that makes no sense.
-        """
-        config = _read_config(path)
-        vocab = _read_vocab(Path(path, "vocab.json"))
-        merges = _read_merges(Path(path, "merges.txt"))
-        added = _added_tokens(path, config)
-        lower = {name.lower(): id for id, name, about in added if about.get("normalized")}
-        names = {key: config.get(f"{key}_token") for key in ("bos", "eos", "unk", "pad")}
-        try:
-            return cls(
-                vocab,
-                merges,
-                **{key: name for key, name in names.items() if name is not None},
-                special={name: id for id, name, about in added if not about.get("normalized")},
-                special_lower=lower,
-                model_max_length=_model_max_length(config),
-            )
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, uncut, between the start and the end token; ValueError if it is no str."""
@@ -183,10 +161,14 @@ CHARACTERS = _byte_characters()
 BYTES = {character: bytes([byte]) for byte, character in enumerate(CHARACTERS)}
 
 
-class T5Tokenizer:
-    """SentencePiece model of T5, with the sentinels <extra_id_0>... appended in reverse.
+class SentencePieceTokenizer:
+    """A SentencePiece model, with special tokens that it does not know of: T5's and Gemma's.
 
-    special           tokens to find in the text, token -> id; must include eos and pad
+    special           tokens to find in the text, token -> id; must include the next three
+    pad               fills rows up, on the side `padding_side`, "left" or "right"
+    start, end        tokens that start a row and end it, None for none
+    pad_to            None: rows are as long as asked for (T5); a number: as long as the longest,
+                      rounded up to a multiple of it, and a mask says what is padding (Gemma)
     model_max_length  tokens that the model takes, None if the files do not say
     """
 
@@ -195,135 +177,55 @@ class T5Tokenizer:
         model: SentencePieceProcessor,
         special: dict[str, int],
         *,
-        eos: str = "</s>",
         pad: str = "<pad>",
-        model_max_length: int | None = None,
-    ) -> None:
-        self.model = model
-        self.special = Special(special)
-        self.eos_id, self.pad_id = special[eos], special[pad]
-        self.model_max_length = model_max_length
-
-    @classmethod
-    def from_folder(cls, path: str | Path) -> T5Tokenizer:
-        """Read spiece.model, the special tokens from the two JSON files if there.
-
-        Raises FileNotFoundError for a missing file, ValueError for one that makes no sense.
-        """
-        config = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-        config |= _read_config(path)
-        model = _read_sentencepiece(Path(path, "spiece.model"))
-        special = _special_tokens(path, model, config)
-        if "added_tokens_decoder" not in config:
-            extra, first = config.get("extra_ids", 100), model.get_piece_size()
-            _check_size("extra_ids", extra, 0)
-            special |= {f"<extra_id_{extra - 1 - i}>": first + i for i in range(extra)}
-        return cls(
-            model,
-            special,
-            eos=config["eos_token"],
-            pad=config["pad_token"],
-            model_max_length=_model_max_length(config),
-        )
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text, uncut, with the end token; ValueError if it is no str."""
-        return [*self.special.encode(_well_formed(text), self.model.encode), self.eos_id]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, special tokens spelled out."""
-        return self.special.decode(ids, self.model.decode)
-
-    def __call__(self, prompts: str | Sequence[str], max_length: int) -> Tensor:
-        """Prompt or prompts -> ids (B, max_length) int64, cut and padded like CLIPTokenizer's."""
-        rows = _cut_rows(self, prompts, max_length, [self.eos_id])
-        return torch.tensor([row + [self.pad_id] * (max_length - len(row)) for row in rows])
-
-
-class GemmaTokenizer:
-    """SentencePiece model of Gemma: a start token, and by default no end token.
-
-    special           tokens to find in the text, token -> id; must include bos, eos and pad
-    padding_side      "left" or "right"
-    model_max_length  tokens that the model takes, None if the files do not say
-    """
-
-    def __init__(
-        self,
-        model: SentencePieceProcessor,
-        special: dict[str, int],
-        *,
-        bos: str = "<bos>",
-        eos: str = "<eos>",
-        pad: str = "<pad>",
-        add_bos: bool = True,
-        add_eos: bool = False,
-        padding_side: str = "left",
+        start: str | None = None,
+        end: str | None = None,
+        padding_side: str = "right",
+        pad_to: int | None = None,
         model_max_length: int | None = None,
     ) -> None:
         if padding_side not in ("left", "right"):
-            raise ValueError(f"padding_side is {padding_side!r}, must be 'left' or 'right'")
+            raise ValueError(f"padding_side is {padding_side!r:.80}, must be 'left' or 'right'")
         self.model = model
         self.special = Special(special)
         self.pad_id = special[pad]
-        self.start = [special[bos]] if add_bos else []
-        self.end = [special[eos]] if add_eos else []
-        self.padding_side = padding_side
+        self.start, self.end = ([special[x]] if x is not None else [] for x in (start, end))
+        self.padding_side, self.pad_to = padding_side, pad_to
         self.model_max_length = model_max_length
-
-    @classmethod
-    def from_folder(cls, path: str | Path) -> GemmaTokenizer:
-        """Read tokenizer.model, the special tokens from the two JSON files if there.
-
-        Raises FileNotFoundError for a missing file, ValueError for one that makes no sense.
-        """
-        config = {f"{key}_token": f"<{key}>" for key in ("bos", "eos", "pad", "unk")}
-        config |= _read_config(path)
-        model = _read_sentencepiece(Path(path, "tokenizer.model"))
-        return cls(
-            model,
-            _special_tokens(path, model, config),
-            bos=config["bos_token"],
-            eos=config["eos_token"],
-            pad=config["pad_token"],
-            add_bos=config.get("add_bos_token", True),
-            add_eos=config.get("add_eos_token", False),
-            padding_side=config.get("padding_side", "left"),
-            model_max_length=_model_max_length(config),
-        )
+        self.folder: Path | None = None  # whose files it was read from, for who saves it
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, uncut, after the start token; ValueError if it is no str."""
-        return [
-            *self.start,
-            *self.special.encode(_well_formed(text), self.model.encode),
-            *self.end,
-        ]
+        """Ids of a text, uncut, with start and end token; ValueError if it is no str."""
+        ids = self.special.encode(_well_formed(text), self.model.encode)
+        return [*self.start, *ids, *self.end]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens spelled out."""
         return self.special.decode(ids, self.model.decode)
 
     def __call__(
-        self, prompts: str | Sequence[str], max_length: int = 256, pad_to: int = 8
-    ) -> tuple[Tensor, Tensor]:
-        """One prompt or several -> ids (B, L) int64 and their mask (B, L) int64, 0 at padding.
+        self, prompts: str | Sequence[str], max_length: int = 256, pad_to: int | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """One prompt or several -> ids (B, L) int64; with pad_to also their mask, 0 at padding.
 
-        Prompts of more than max_length tokens are cut, with a warning that quotes what is lost; all
-        are padded to the longest, rounded up to a multiple of pad_to. Raises ValueError for prompts
-        that are not text, for none at all, for max_length < 2 and for pad_to < 1.
+        Prompts of more than max_length tokens are cut in front of their end token, with a warning
+        that quotes what is lost. L is max_length, or the longest row's length rounded up to a
+        multiple of pad_to (the tokenizer's own, if not given). Raises ValueError for prompts that
+        are not text, for none at all, for max_length < 2 and for pad_to < 1.
         """
-        _check_size("pad_to", pad_to, 1)
+        pad_to = self.pad_to if pad_to is None else pad_to
+        if pad_to is not None:
+            _check_size("pad_to", pad_to, 1)
         rows = _cut_rows(self, prompts, max_length, self.end)
         longest = max(1, *map(len, rows))
-        width = -(-longest // pad_to) * pad_to
+        width = max_length if pad_to is None else -(-longest // pad_to) * pad_to
         ids = torch.full((len(rows), width), self.pad_id)
         mask = torch.zeros_like(ids)
         for i, row in enumerate(rows):
             first = width - len(row) if self.padding_side == "left" else 0
             ids[i, first : first + len(row)] = torch.tensor(row, dtype=torch.int64)
             mask[i, first : first + len(row)] = 1
-        return ids, mask
+        return ids if pad_to is None else (ids, mask)
 
 
 class Special:
@@ -361,12 +263,12 @@ class Special:
 def _well_formed(text: str) -> str:
     """The text with lone surrogates, which have no UTF-8, replaced by U+FFFD."""
     if not isinstance(text, str):
-        raise ValueError(f"a prompt is {text!r}, must be a string")
+        raise ValueError(f"a prompt is {text!r:.80}, must be a string")
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def _cut_rows(
-    tokenizer: CLIPTokenizer | T5Tokenizer | GemmaTokenizer,
+    tokenizer: CLIPTokenizer | SentencePieceTokenizer,
     prompts: str | Sequence[str],
     max_length: int,
     end: list[int],
@@ -376,7 +278,7 @@ def _cut_rows(
     if isinstance(prompts, str):
         prompts = [prompts]
     if not isinstance(prompts, list | tuple) or not prompts:
-        raise ValueError(f"prompts are {prompts!r}, must be a string or a list of at least one")
+        raise ValueError(f"prompts are {prompts!r:.80}, must be a string or a list of at least one")
     rows = []
     for prompt in prompts:
         ids = tokenizer.encode(prompt)
@@ -395,106 +297,3 @@ def _cut_rows(
 def _check_size(name: str, value: int, lowest: int) -> None:
     if type(value) is not int or value < lowest:
         raise ValueError(f"{name} is {value!r}, must be an integer of at least {lowest}")
-
-
-def _read_bytes(path: Path) -> bytes:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no tokenizer file {path}")
-    return path.read_bytes()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(_read_bytes(path))
-    except ValueError as error:  # no JSON, or not even text
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, must be a JSON object")
-    return content
-
-
-def _read_config(path: str | Path) -> dict[str, Any]:
-    """tokenizer_config.json over special_tokens_map.json; special tokens by their text alone."""
-    if not Path(path).is_dir():
-        raise FileNotFoundError(f"there is no tokenizer folder {path}")
-    config: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        file = Path(path, name)
-        if file.is_file():
-            config |= {key: value for key, value in _read_json(file).items() if value is not None}
-    for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        if isinstance(config.get(key), dict):
-            config[key] = config[key].get("content")
-        if not isinstance(config.get(key, ""), str):
-            raise ValueError(f"{path}: {key} is {config[key]!r}, must be a string")
-    return config
-
-
-def _added_tokens(
-    path: str | Path, config: dict[str, Any]
-) -> list[tuple[int, str, dict[str, Any]]]:
-    """A config's added_tokens_decoder as a list of id, token, and all that is said about it."""
-    try:
-        added = config.get("added_tokens_decoder", {}).items()
-        return [(int(id), str(about["content"]), dict(about)) for id, about in added]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: added_tokens_decoder must map ids to tokens") from error
-
-
-def _model_max_length(config: dict[str, Any]) -> int | None:
-    """The config's limit; files write 1e30 for none."""
-    limit = config.get("model_max_length")
-    return int(limit) if isinstance(limit, int | float) and 0 < limit < 1e9 else None
-
-
-def _read_vocab(path: Path) -> dict[str, int]:
-    vocab = _read_json(path)
-    for piece, id in vocab.items():
-        if type(id) is not int or id < 0:
-            raise ValueError(f"{path}: the id of {piece!r} is {id!r}, must be a number from 0 on")
-    if len(set(vocab.values())) < len(vocab):
-        raise ValueError(f"{path}: {len(vocab)} pieces share {len(set(vocab.values()))} ids")
-    return vocab
-
-
-def _read_merges(path: Path) -> list[tuple[str, str]]:
-    try:
-        lines = _read_bytes(path).decode().splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-    merges = []
-    for number, line in enumerate(lines, start=1):
-        if line and not (number == 1 and line.startswith("#version")):
-            pair = tuple(line.split(" "))
-            if len(pair) != 2 or not all(pair):
-                raise ValueError(f"{path}, line {number} is {line[:80]!r}, must be two pieces")
-            merges.append(pair)
-    if not merges:
-        raise ValueError(f"{path} has no merges")
-    return merges
-
-
-def _read_sentencepiece(path: Path) -> SentencePieceProcessor:
-    model = SentencePieceProcessor()
-    try:
-        model.LoadFromSerializedProto(_read_bytes(path))
-    except RuntimeError as error:
-        raise ValueError(f"{path} is not a SentencePiece model") from error
-    return model
-
-
-def _special_tokens(
-    path: str | Path, model: SentencePieceProcessor, config: dict[str, Any]
-) -> dict[str, int]:
-    """Special tokens of a SentencePiece tokenizer, token -> id: the named and the added ones."""
-    size = model.get_piece_size()
-    added = _added_tokens(path, config)
-    special = {name: id for id, name, about in added if about.get("special") or id >= size}
-    for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        name = config.get(key)
-        if name is None or name in special:
-            continue
-        special[name] = model.piece_to_id(name)  # that of <unk> if there is no such piece
-        if model.id_to_piece(special[name]) != name:
-            raise ValueError(f"{path}: the model has no piece for {key} {name!r}")
-    return special

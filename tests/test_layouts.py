@@ -28,10 +28,9 @@ from weight_files import (
     write_tokenizers,
 )
 
-from weights.convert import convert
-from weights.load import load_component, load_module, load_parts
-from weights.model import open_model, read_parts
+from weights.load import load_component, load_module, load_parts, open_model, read_parts
 from weights.networks import build, read_part
+from weights.save import convert
 
 MANIFESTS = manifests()
 COMPONENT = {  # the manifests of diffusers folders -> which folder
@@ -58,13 +57,8 @@ def test_every_tensor_of_every_official_file_has_its_place(name: str, tmp_path: 
     if name in COMPONENT:
         (tmp_path / "config.json").write_text(json.dumps(manifest["config"]))
         parts = [read_part(tmp_path, COMPONENT[name])]
-        if parts[0].kind == "nextdit":  # its folders hold both queries
-            config = parts[0].config
-            parts = [
-                parts[0]._replace(config=type(config)(**vars(config) | {"shared_query": False}))
-            ]
     else:
-        parts = list(read_parts(tmp_path / next(iter(manifest["files"])))[1].values())
+        parts = read_parts(tmp_path / next(iter(manifest["files"])))
     consumed = 0
     for part in parts:
         module, plan = build(part)
@@ -87,11 +81,11 @@ def test_sizes_read_from_official_shapes(tmp_path: Path) -> None:
     }
     for file, manifest in folders.items():
         official = MANIFESTS[manifest]["config"]
-        read = vars(read_parts(tmp_path / file)[1]["transformer"].config)
+        read = vars(open_model(tmp_path / file).parts["transformer"].config)
         for key in official.keys() & read.keys():
             value = tuple(official[key]) if isinstance(official[key], list) else official[key]
             assert read[key] == value, (file, key)
-    parts = read_parts(tmp_path / "sd3_medium_incl_clips_t5xxlfp16.safetensors")[1]
+    parts = open_model(tmp_path / "sd3_medium_incl_clips_t5xxlfp16.safetensors").parts
     for name, manifest in {
         "vae": "diffusers_sd3_vae_f16",
         "text_encoder": "diffusers_sd3_text_encoder",
@@ -200,17 +194,17 @@ def test_lumina_original_folder_prefers_averaged_weights(tmp_path: Path) -> None
     assert open_model(tmp_path).where == path
 
 
-def test_second_query_is_kept_only_if_it_differs(tmp_path: Path) -> None:
+def test_second_query_of_a_layer_must_equal_the_first(tmp_path: Path) -> None:
     tensors = lumina_tensors()["transformer"]
-    write_component(tmp_path / "a" / "transformer", "transformer", "nextdit", NEXTDIT, tensors)
-    assert load_component(tmp_path / "a", "transformer").config.shared_query
-    assert not load_component(tmp_path / "a", "transformer", "meta").config.shared_query
+    folder = tmp_path / "transformer"
+    write_component(folder, "transformer", "nextdit", NEXTDIT, tensors)
+    loaded = load_component(tmp_path, "transformer")
+    query = tensors["layers.1.attn2.to_q.weight"]
+    assert torch.equal(loaded.blocks[1].attn.q.weight, query.float())
     tensors["layers.1.attn2.norm_q.bias"][3] += 1
-    write_component(tmp_path / "b" / "transformer", "transformer", "nextdit", NEXTDIT, tensors)
-    loaded = load_component(tmp_path / "b", "transformer")
-    assert not loaded.config.shared_query
-    first, second = loaded.blocks[1].attn.q_norm.bias, loaded.blocks[1].attn.context_q_norm.bias
-    assert (first != second).sum() == 1
+    save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(ValueError, match="norm_q.bias and .*norm_q.bias, which must be the same"):
+        load_component(tmp_path, "transformer")
 
 
 def test_gemma_with_prefix_and_tied_head(tmp_path: Path) -> None:
@@ -273,7 +267,7 @@ def test_t5_embedding_by_either_name(names: list[str], sd3, tmp_path: Path) -> N
 def test_convert_single_file(sd3, tmp_path: Path) -> None:
     path = write_single(tmp_path / "all.safetensors", sd3_tensors())
     write_tokenizers(tmp_path, "sd3")
-    convert(path, tmp_path / "out")
+    convert(open_model(path), tmp_path / "out")
     assert not differences(tmp_path / "out", sd3[1])
     for name, tensors in sd3_tensors().items():  # as diffusers would have written it
         stem = "model" if name.startswith("text") else "diffusion_pytorch_model"
@@ -289,7 +283,8 @@ def test_convert_single_file(sd3, tmp_path: Path) -> None:
 def test_convert_lumina_original(end: str, lumina, tmp_path: Path) -> None:
     parts = lumina_tensors()
     path = write_lumina_t2x(tmp_path, parts["transformer"], end)
-    model = convert(path, tmp_path / "out")
+    model = open_model(path)
+    convert(model, tmp_path / "out")
     assert set(model.missing) == {"vae", "text_encoder", "tokenizer"}
     assert same_bits(load_component(tmp_path / "out", "transformer"), lumina[1]["transformer"])
     with pytest.raises(FileNotFoundError, match=r"lacks vae .*; text_encoder .*; tokenizer .*"):
@@ -301,7 +296,7 @@ def test_convert_lumina_original(end: str, lumina, tmp_path: Path) -> None:
 
 def test_convert_folder_again(sd3, lumina, tmp_path: Path) -> None:
     for name, (folder, expected) in {"sd3": sd3, "lumina": lumina}.items():
-        convert(folder, tmp_path / name)
+        convert(open_model(folder), tmp_path / name)
         assert not differences(tmp_path / name, expected)
 
 
@@ -350,7 +345,7 @@ def test_single_file_says_once_what_it_lacks(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="a folder tokenizer with the small files vocab"):
         load_component(path, "tokenizer")
     assert load_component(path, "scheduler").shift == 3.0
-    part = read_parts(path)[1]["vae"]
+    part = open_model(path).parts["vae"]
     assert same_bits(load_component(path, "vae"), load_module(part))
 
 

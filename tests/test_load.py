@@ -28,10 +28,11 @@ from weight_files import (
     write_header,
 )
 
-import weights.keymap
+import weights.networks
 from minidit.mmdit import MMDiTConfig
+from weights.config import config_from_json
 from weights.files import read_header
-from weights.load import config_from_json, load_component, load_parts
+from weights.load import load_component, load_parts
 
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -125,7 +126,7 @@ def test_all_faults_are_listed_and_no_data_is_read(t5: Path, monkeypatch) -> Non
         tensors[name] = torch.zeros(T5.d_model, dtype=torch.int32)
 
     rewrite(t5, change)
-    monkeypatch.setattr(weights.keymap, "read_rows", None)
+    monkeypatch.setattr(weights.networks, "read_rows", None)
     with pytest.raises(ValueError) as error:
         load_component(t5, "text_encoder_3")
     message = str(error.value)
@@ -147,7 +148,7 @@ def test_long_lists_are_cut(tmp_path: Path) -> None:
 
 
 def test_meta_checks_everything_and_reads_nothing(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(weights.keymap, "read_rows", None)
+    monkeypatch.setattr(weights.networks, "read_rows", None)
     folder = write_folder(tmp_path / "model", "sd3", sd3_tensors())
     family, parts = load_parts(folder, device="meta")
     assert family == "sd3"
@@ -357,6 +358,7 @@ def test_scheduler(tmp_path: Path) -> None:
         ({"shift": float("nan")}, "shift is nan, must be a finite number"),
         ({"shift": float("inf")}, "shift is inf, must be a finite number"),
         ({"shift": -1}, "shift is -1, must be above 0"),
+        ({"num_train_timesteps": 500}, "num_train_timesteps is 500, must be 1000"),
         ({"use_dynamic_shifting": True}, "use_dynamic_shifting is True, must be off"),
         ({"_class_name": "DDIMScheduler"}, "is for 'DDIMScheduler', must be for FlowMatch"),
     ):

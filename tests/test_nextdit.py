@@ -105,19 +105,6 @@ def test_a_prompt_without_text_gives_numbers_that_its_padding_does_not_change():
     assert model(noise(2, 4, 6), 0.6, **cond).equal(velocity)
 
 
-def test_shared_query_equals_two_equal_queries():
-    model, cond = tiny_model("lumina"), conditioning("lumina", 2)
-    double = NextDiT(replace(model.config, shared_query=False)).requires_grad_(False)
-    weights = model.state_dict()
-    copies = {name.replace("attn.q", "attn.context_q"): value for name, value in weights.items()}
-    double.load_state_dict(copies | weights)
-    latents = noise(2, 6, 4)
-    assert torch.allclose(double(latents, 0.6, **cond), model(latents, 0.6, **cond), atol=1e-6)
-    double.blocks[0].attn.context_q.weight *= 2
-    double.blocks[0].attn.context_q_norm.bias += 0.5
-    assert not torch.allclose(double(latents, 0.6, **cond), model(latents, 0.6, **cond), atol=1e-3)
-
-
 def test_at_the_trained_size_neither_watershed_nor_proportional_attention_matter():
     model, cond = tiny_model("lumina"), conditioning("lumina", 1)
 
@@ -167,11 +154,9 @@ def test_variants_run(change):
     assert velocity.shape == (2, 4, 4, 6) and torch.isfinite(velocity).all()
 
 
-@pytest.mark.parametrize("shared_query", [True, False])
-def test_gradients_are_those_of_finite_differences(shared_query):
+def test_gradients_are_those_of_finite_differences():
     """Some steps work in place; autograd must still see what they overwrite."""
-    config = replace(tiny_model("lumina").config, shared_query=shared_query)
-    model = randomised(NextDiT(config)).double().requires_grad_(True)
+    model = randomised(NextDiT(tiny_model("lumina").config)).double().requires_grad_(True)
     cond, latents = conditioning("lumina", 2), noise(2, 4, 6).double()
 
     def loss():

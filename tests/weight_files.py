@@ -25,8 +25,8 @@ from minidit.nextdit import NextDiTConfig
 from minidit.t5 import T5Config
 from minidit.vae import VAEConfig
 from weights.files import DTYPES
-from weights.keymap import Recipe, recipes
-from weights.networks import KINDS
+from weights.keymap import Recipe
+from weights.networks import NETWORKS, plan_of
 
 GOLDENS = Path(__file__).parent / "goldens"
 Tensors = dict[str, torch.Tensor]
@@ -114,9 +114,8 @@ def write_header(path: Path, tensors: dict[str, list]) -> None:
 def stored(kind: str, config: object) -> list[Recipe]:
     """Names and shapes of a network's tensors in the diffusers layout."""
     with torch.device("meta"):
-        module = KINDS[kind].network(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    return list(recipes(KINDS[kind].tables["diffusers"](config, None), shapes).values())
+        module = NETWORKS[kind].module(config)
+    return list(plan_of(kind, "diffusers", module).values())
 
 
 def random_tensors(
@@ -162,7 +161,6 @@ def write_config(folder: Path, kind: str, config: object) -> None:
     """A component's folder with only its config.json."""
     folder.mkdir(parents=True)
     values = {**CLASS[kind], **asdict(config)}
-    values.pop("shared_query", None)
     (folder / "config.json").write_text(json.dumps(values))
 
 

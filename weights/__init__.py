@@ -1,13 +1,15 @@
-"""Official weights: from a folder, a single file or a hub id to the modules of minidit.
+"""Official weights: from a folder, a single file or a hub id to the modules of minidit, and back.
 
-resolve.py    where it is: local, packaged or on the hub
-model.py      what is there: the parts of a model in any published layout, by names and headers
-load.py       the parts loaded: strictly, and without a second copy in memory
-convert.py    any layout written as a folder in the diffusers layout
-sd3.py lumina.py   the key maps, one table per network and layout, and sizes read from shapes
-keymap.py     how a key map is read in both directions, and checked
-networks.py   the networks there are, and their configs
-files.py      headers and rows of .safetensors and .pth files
+files.py        headers and rows of .safetensors and .pth files, JSON; nothing is trusted
+keymap.py       how a key map is read in both directions
+sd3.py lumina.py   a family each: its transformer's key map and sizes, and what it consists of
+common.py       the same for the networks that families share: VAE, CLIP, T5, Gemma
+tokenizers.py   the files of tokenizers        config.py   a config dataclass from JSON
+networks.py     the tables of networks and families, and a network in files before it is loaded
+resolve.py      where a model is: local, packaged or on the hub
+load.py         what is there, in any published layout, and loading it
+save.py         a model written as a folder in the diffusers layout
 
+A new family is a file such as sd3.py and its names in two tables of networks.py.
 On the command line: python -m weights inspect PATH, python -m weights convert PATH FOLDER.
 """

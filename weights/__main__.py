@@ -6,11 +6,10 @@ import argparse
 import math
 import sys
 
-from weights.convert import convert
-from weights.files import stored_bytes
-from weights.model import COMPONENTS, FAMILIES, Model, open_model
-from weights.networks import Part, build
-from weights.resolve import resolve
+from weights.files import COMPONENTS
+from weights.load import find_model
+from weights.networks import FAMILIES, Model, Part, build
+from weights.save import convert
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,7 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.command == "inspect":
             return inspect(options.path, not options.no_t5, options.extra)
-        model = convert(options.path, options.out, not options.no_t5, options.extra, report=print)
+        model = find_model(options.path, not options.no_t5, options.extra)
+        convert(model, options.out, report=print)
     except (ValueError, OSError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -43,9 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def inspect(path: str, use_t5: bool, extra: list[str]) -> int:
     """Print what a model is; 0 if all that is there is sound. Fetches no weights from the hub."""
-    names = [name for name in COMPONENTS if use_t5 or name != "text_encoder_3"]
-    others = [resolve(place, names, weights=False) for place in extra]
-    lines, sound = describe(open_model(resolve(path, names, weights=False), use_t5, others))
+    lines, sound = describe(find_model(path, use_t5, extra, weights=False))
     print("\n".join(lines))
     return 0 if sound else 1
 
@@ -100,7 +98,7 @@ def _describe_part(part: Part, missing: bool) -> tuple[str, bool]:
         return f"{part.kind}, {size}", True
     values = sum(math.prod(tensor.shape) for tensor in module.state_dict().values())
     kinds = sorted({str(t.dtype).removeprefix("torch.") for t in part.stored.values()})
-    stored = sum(stored_bytes(t) for t in part.stored.values())
+    stored = sum(t.size for t in part.stored.values())
     amount = f"{stored / 1e9:.2f} GB" if stored >= 1e9 else f"{stored / 1e6:.1f} MB"
     return (
         f"{type(module).__name__}, {size}, {values / 1e6:.1f} M values, "

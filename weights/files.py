@@ -1,4 +1,4 @@
-"""Tensors in files: headers first, then data row by row.
+"""Files: JSON, and tensors by their headers first, then data row by row.
 
 A safetensors file is 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}
 and the tensors' bytes back to back. We check the header ourselves, against the file's size, and
@@ -11,15 +11,27 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import re
-from collections.abc import Iterator, Mapping
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+COMPONENTS = (
+    "transformer",
+    "vae",
+    "text_encoder",
+    "text_encoder_2",
+    "text_encoder_3",
+    "tokenizer",
+    "tokenizer_2",
+    "tokenizer_3",
+    "scheduler",
+)
+T5_FILES = ("t5xxl_fp16.safetensors", "t5xxl.safetensors", "t5xxl_fp8_e4m3fn.safetensors")
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -35,8 +47,16 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 CHUNK = 2**21  # bytes read at a time
-MAX_HEADER = 10**8  # bytes, the limit of the format; official headers are below 300 KB
-MAX_JSON = 10**7  # bytes of a config or an index
+MAX_JSON = 10**7  # bytes of a header, a config or a vocabulary; official ones are below 1.1 MB
+MAX_BRACKETS = 10**5  # of a JSON file; official ones have below 5,100, three a tensor
+MAX_DEPTH = 50  # of JSON; official files nest four deep
+FOREIGN = {  # what is not read, by its ending
+    ".gguf": "a GGUF file, quantised for other programs",
+    ".ckpt": "a pickled checkpoint, which may run any code",
+    ".bin": "a pickled file, which may run any code",
+    ".msgpack": "a file of Flax",
+    ".onnx": "an ONNX graph",
+}
 
 
 class Stored(NamedTuple):
@@ -50,7 +70,13 @@ class Stored(NamedTuple):
 
     @property
     def row_bytes(self) -> int:
+        """Bytes of one row along the first dimension."""
         return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 Tensors = Mapping[str, Stored]
@@ -64,24 +90,23 @@ def read_header(path: Path) -> dict[str, Stored]:
     size = file_size(path)
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 10 or length > min(size - 8, MAX_HEADER):
+        if size < 10 or length > min(size - 8, MAX_JSON):
             raise ValueError(
-                f"{path} is not a whole safetensors file: its header claims {length} bytes, "
-                f"the file has {size}"
+                f"{path} is not a whole safetensors file: its header claims {length} bytes, of "
+                f"which at most {max(0, min(size - 8, MAX_JSON))} can be (the file has {size})"
             )
         header = parse_json(file.read(length), path)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(type(v) is str for v in metadata.values()):
         raise ValueError(f"{path} is damaged: the __metadata__ of its header holds more than text")
-    start = 8 + length
-    tensors = {name: _entry(path, name, entry, start) for name, entry in header.items()}
-    end = start
-    for name, t in sorted(
-        tensors.items(), key=lambda item: (item[1].offset, stored_bytes(item[1]))
-    ):
+    end = 8 + length
+    tensors = {name: _entry(path, name, entry, end) for name, entry in header.items()}
+    for name, t in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].size)):
         if t.offset != end:
-            raise ValueError(f"{path} is damaged: the data of {name} does not follow its neighbour")
-        end += stored_bytes(t)
+            raise ValueError(
+                f"{path} is damaged: the data of {plain(name)} does not follow its neighbour"
+            )
+        end += t.size
     if end != size:
         raise ValueError(
             f"{path} is cut or damaged: its tensors end at byte {end}, the file at {size}"
@@ -93,30 +118,23 @@ def _entry(path: Path, name: str, entry: Any, start: int) -> Stored:
     """One line of a safetensors header, checked."""
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        numbers = (begin, end, *shape)
-        sound = (
-            type(dtype) is str
-            and all(type(n) is int and 0 <= n < 2**48 for n in numbers)
-            and len(shape) <= 8
-        )
+        sound = type(dtype) is str and len(shape) <= 8
+        sound &= all(type(n) is int and 0 <= n < 2**48 for n in (begin, end, *shape))
     except (TypeError, KeyError, ValueError):
         sound = False
     if not sound:
-        raise ValueError(f"{path} is damaged: its header has no dtype, shape and offsets of {name}")
-    if dtype not in DTYPES:
-        raise ValueError(f"{path} stores {name} as {dtype!r}, which is not supported")
-    stored = Stored(path, DTYPES[dtype], tuple(shape), start + begin)
-    if end - begin != stored_bytes(stored):
         raise ValueError(
-            f"{path} is damaged: {name} takes {end - begin} bytes, "
-            f"its shape {list(shape)} in {dtype} needs {stored_bytes(stored)}"
+            f"{path} is damaged: its header has no dtype, shape and offsets of {plain(name)}"
+        )
+    if dtype not in DTYPES:
+        raise ValueError(f"{path} stores {plain(name)} as {short(dtype)}, which is not supported")
+    stored = Stored(path, DTYPES[dtype], tuple(shape), start + begin)
+    if end - begin != stored.size:
+        raise ValueError(
+            f"{path} is damaged: {plain(name)} takes {end - begin} bytes, "
+            f"its shape {list(shape)} in {dtype} needs {stored.size}"
         )
     return stored
-
-
-def stored_bytes(t: Stored) -> int:
-    """Bytes that a tensor takes in its file."""
-    return math.prod(t.shape) * t.dtype.itemsize
 
 
 def read_rows(t: Stored, start: int, stop: int) -> Tensor:
@@ -149,11 +167,8 @@ def read_torch(path: Path) -> dict[str, Stored]:
         for name, tensor in state.items()
     ):
         raise ValueError(f"{path} must hold a dict of tensors and nothing else")
-    stored = {
-        name: Stored(path, tensor.dtype, tuple(tensor.shape), 0, tensor.detach())
-        for name, tensor in state.items()
-    }
-    if sum(stored_bytes(tensor) for tensor in stored.values()) > file_size(path):
+    stored = {n: Stored(path, t.dtype, tuple(t.shape), 0, t.detach()) for n, t in state.items()}
+    if sum(tensor.size for tensor in stored.values()) > file_size(path):
         raise ValueError(f"{path} claims more data than it has")
     return stored
 
@@ -168,11 +183,15 @@ def read_namespace(path: Path) -> dict[str, Any]:
 
 def _unpickle(path: Path) -> Any:
     """A file of torch.save; only tensors, plain values and argparse.Namespace are let in."""
-    file_size(path)
+    size = file_size(path)
     try:
+        with zipfile.ZipFile(path) as archive:  # torch would unpack what is compressed
+            claimed = sum(entry.file_size for entry in archive.infolist())
+        if claimed > size:
+            raise ValueError(f"its parts claim {claimed} bytes, the file has {size}")
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # torch.load has no error of its own for damaged files
+    except Exception as error:  # neither has an error of its own for damaged files
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} cannot be read by torch.load: {reason:.200}") from None
 
@@ -196,14 +215,23 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object; ValueError or FileNotFoundError says what is wrong."""
     size = file_size(path)
     if size > MAX_JSON:
-        raise ValueError(f"{path} has {size} bytes, a config has at most {MAX_JSON}")
+        raise ValueError(f"{path} has {size} bytes, a JSON file here has at most {MAX_JSON}")
     return parse_json(path.read_bytes(), path)
 
 
 def parse_json(data: bytes, path: Path) -> dict[str, Any]:
     """The JSON object that data, read from path, holds; ValueError for anything else."""
     try:
+        if data.count(b"{") + data.count(b"[") > MAX_BRACKETS:
+            raise ValueError(f"more than {MAX_BRACKETS} lists and objects")
         value = json.loads(data.decode("utf-8"))
+        level, depth = [value], 0
+        while level := [inner for outer in level for inner in _inside(outer)]:
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise ValueError(f"nested more than {MAX_DEPTH} deep")
+        if b"\\u" in data:
+            json.dumps(value, ensure_ascii=False).encode()  # lone surrogates are no text
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} does not hold JSON: {error}") from None
     if not isinstance(value, dict):
@@ -211,49 +239,69 @@ def parse_json(data: bytes, path: Path) -> dict[str, Any]:
     return value
 
 
+def _inside(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def short(value: Any, most: int = 80) -> str:
+    """A value out of a file for a message: one line, cut where it is long."""
+    text = repr(value[:most] if isinstance(value, str) else value)
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def plain(name: str) -> str:
+    """A name out of a file for a message: as it is, if that is short and printable."""
+    return name if len(name) <= 200 and name.isprintable() and name else short(name)
+
+
 def file_size(path: Path) -> int:
     """Bytes of a file; FileNotFoundError or ValueError where it cannot be read."""
     try:
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {path}")
-        return os.path.getsize(path)
+        return path.stat().st_size
     except (OSError, ValueError) as error:
         if isinstance(error, FileNotFoundError):
             raise
         raise ValueError(f"cannot read {path}: {error}") from None
 
 
-def find_tensors(folder: Path, stem: str) -> dict[str, Stored]:
+def weights_name(component: str) -> str:
+    """What the weight files of a component folder are called, without their endings."""
+    return "model" if component.startswith("text_encoder") else "diffusion_pytorch_model"
+
+
+def find_tensors(folder: Path, name: str) -> dict[str, Stored]:
     """The tensors of one component folder, wherever its published layout put them.
 
     In this order: one file, shards with an index, shards without; then the same with a variant,
     such as .fp16, where there is no plain one. Raises FileNotFoundError or ValueError.
     """
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    variants = [""] + sorted(
-        {"." + match[1] for name in names if (match := re.match(_variant_name(stem), name))}
+    there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    form = re.compile(
+        rf"{name}(?:(\.\w+)?(-\d+-of-\d+)?\.safetensors|\.safetensors\.index(\.\w+)?(\.json))"
     )
-    for variant in variants:
-        plain = f"{stem}{variant}.safetensors"
-        if plain in names:
-            return read_header(folder / plain)
-        index = f"{stem}.safetensors.index{variant}.json"
-        if index in names:
-            return _indexed(folder, index)
-        shards = [n for n in names if re.match(rf"{re.escape(stem + variant)}-\d+-of-\d+\.saf", n)]
-        if shards:
-            return _unindexed(folder, stem + variant, shards)
-    old = [name for name in names if name.endswith((".bin", ".ckpt", ".pth", ".pt"))]
-    if old:
-        raise FileNotFoundError(
-            f"{folder} has only {old[0]}: convert it to safetensors or fetch the .safetensors file"
-        )
-    raise FileNotFoundError(f"there is no {stem}.safetensors in {folder}")
-
-
-def _variant_name(stem: str) -> str:
-    stem = re.escape(stem)
-    return rf"{stem}(?:\.safetensors\.index)?\.(\w+?)(?:-\d+-of-\d+)?\.(?:safetensors|json)$"
+    variants: dict[str, dict[str, list[str]]] = {}
+    for file in there:
+        if match := form.fullmatch(file):
+            what = "index" if match[4] else "shards" if match[2] else "file"
+            files = variants.setdefault(match[1] or match[3] or "", {})
+            files.setdefault(what, []).append(file)
+    for variant, files in sorted(variants.items()):
+        if "file" in files:
+            return read_header(folder / files["file"][0])
+        if "index" in files:
+            return _indexed(folder, files["index"][0])
+        return _unindexed(folder, name + variant, files["shards"])
+    for file in there:
+        if Path(file).suffix in (*FOREIGN, ".pth", ".pt"):
+            raise FileNotFoundError(
+                f"{folder} has only {plain(file)}: convert it to safetensors or fetch the "
+                ".safetensors file"
+            )
+    raise FileNotFoundError(f"there is no {name}.safetensors in {folder}")
 
 
 def _indexed(folder: Path, index: str) -> dict[str, Stored]:
@@ -261,39 +309,45 @@ def _indexed(folder: Path, index: str) -> dict[str, Stored]:
     where = read_json(folder / index).get("weight_map")
     if not isinstance(where, dict) or not all(type(file) is str for file in where.values()):
         raise ValueError(f"{folder / index} has no weight_map of tensor names to file names")
-    for file in where.values():
-        if Path(file).name != file or not file.endswith(".safetensors"):
-            raise ValueError(f"{folder / index} names the shard {file!r}, which is no file name")
-    merged = _merge(folder, sorted(set(where.values())))
+    files = sorted(set(where.values()))
+    for file in files:
+        if Path(file).name != file or not file.endswith(".safetensors") or not file.isprintable():
+            raise ValueError(
+                f"{folder / index} names the shard {plain(file)}, which is no file name"
+            )
+    merged = _merge(folder, files)
     for name, file in where.items():
         if name not in merged or merged[name].file.name != file:
-            raise ValueError(f"{folder / index} says that {name} is in {file}, but it is not")
+            raise ValueError(
+                f"{folder / index} says that {plain(name)} is in {file}, but it is not"
+            )
     lost = sorted(set(merged) - set(where))
     if lost:
-        raise ValueError(f"{folder / index} does not list {lost[0]}, which is in a shard")
+        raise ValueError(f"{folder / index} does not list {plain(lost[0])}, which is in a shard")
     return merged
 
 
-def _unindexed(folder: Path, stem: str, shards: list[str]) -> dict[str, Stored]:
+def _unindexed(folder: Path, name: str, shards: list[str]) -> dict[str, Stored]:
     """Shards 1..N as their own names count them."""
-    counts = sorted({name.rsplit("-of-", 1)[1] for name in shards})
+    counts = sorted({shard.rsplit("-of-", 1)[1] for shard in shards})
     if len(counts) > 1:
         raise ValueError(f"{folder} mixes shards of {' and of '.join(counts)}")
     total = int(counts[0].removesuffix(".safetensors"))
     if total != len(shards):
         raise FileNotFoundError(
-            f"{folder} has {len(shards)} of the {total} shards of {stem}: fetch the others"
+            f"{folder} has {len(shards)} of the {total} shards of {name}: fetch the others"
         )
     return _merge(folder, shards)
 
 
 def _merge(folder: Path, shards: list[str]) -> dict[str, Stored]:
+    """The tensors of all shards together; none may be in two."""
     merged: dict[str, Stored] = {}
     for shard in shards:
         tensors = read_header(folder / shard)
         twice = sorted(set(merged) & set(tensors))
         if twice:
             other = merged[twice[0]].file.name
-            raise ValueError(f"{twice[0]} is in two shards of {folder}: {other} and {shard}")
+            raise ValueError(f"{plain(twice[0])} is in two shards of {folder}: {other} and {shard}")
         merged.update(tensors)
     return merged

@@ -1,14 +1,16 @@
-"""How published tensors become ours and back: the mechanism of the tables in sd3.py and lumina.py.
+"""How published tensors become ours and back: the mechanism of the tables in sd3.py, lumina.py ...
 
 A table maps names of ours, without a trailing .weight or .bias, to where a file keeps the tensor.
 `*` stands for the same number on both sides; the first entry that fits a name holds.
 
     "a": "x"                    the tensor x
-    "a": ("x", "y", "z")        x, y and z one below the other (our qkv is one Linear)
+    "a": Stack("x", "y", "z")   x, y and z one below the other (our qkv is one Linear)
+    "a": Stack()                in no file: the identity matrix
+    "a": Rows("x", 8, 16, 24)   rows 8..16 of x, which has 24 (where the file's qkv is one)
     "a": Swap("x")              x with its two halves exchanged (scale, shift for shift, scale)
     "a": Conv1x1("x")           the matrix x, stored as a 1x1 convolution
     "a": Same("x", "y")         x, of which y is a copy
-    "a": IDENTITY               in no file: the identity matrix
+    "a": ("x", Swap("z"))       one entry for each layout of the network
 
 Tables are written in this direction only. Reading and writing both follow from it, because every
 entry comes down to rows of stored tensors one below the other.
@@ -17,14 +19,33 @@ entry comes down to rows of stored tensors one below the other.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from weights.files import Stored, Tensors, read_rows, row_chunks
+from minidit.scheduler import SchedulerConfig
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Stored tensors of equal shape one below the other; none of them: the identity matrix."""
+
+    names: tuple[str, ...]
+
+    def __init__(self, *names: str) -> None:
+        object.__setattr__(self, "names", names)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows start..stop of a stored tensor that has `total`."""
+
+    name: str
+    start: int
+    stop: int
+    total: int
 
 
 @dataclass(frozen=True)
@@ -49,10 +70,61 @@ class Same:
     copy: str
 
 
-IDENTITY = ()
-Source = str | tuple[str, ...] | Swap | Conv1x1 | Same
-Table = Mapping[str, Source]
+Source = str | Stack | Rows | Swap | Conv1x1 | Same
+Table = Mapping[str, "Source | tuple[Source, ...]"]
 Shape = tuple[int, ...]
+
+
+def qkv(pattern: str) -> Stack:
+    """q, k and v one below the other, each in the place of the pattern's question mark."""
+    return Stack(*(pattern.replace("?", letter) for letter in "qkv"))
+
+
+class Network(NamedTuple):
+    """A kind of network: its classes, its key map, and how its config and files are told.
+
+    table    (config, headers or None) -> the key map; its tuples have one entry a layout
+    layouts  in which its tensors are named; the first is written
+    classes  what config.json or model_index.json calls it -> the layout
+    extras   what else config.json says that other readers need
+    sign     a tensor that tells it in a file without a config; "" if there is no such layout
+    sizes    headers -> layout and config, for such a file; raises ValueError
+    ignore   tensor names to ignore
+    """
+
+    module: type[nn.Module]
+    config: type
+    table: Callable[[Any, Any], Table]
+    classes: Mapping[str, str]
+    layouts: tuple[str, ...] = ("diffusers", "original")
+    extras: Mapping[str, Any] = {}
+    sign: str = ""
+    sizes: Callable[[Any], tuple[str, Any]] | None = None
+    ignore: tuple[str, ...] = ()
+
+
+class Family(NamedTuple):
+    """What a model of a family consists of, and what holds where its files do not say.
+
+    pipeline    as model_index.json calls it
+    components  component -> its class, as in model_index.json, besides the scheduler
+    optional    components that a model may do without
+    beside      component -> names of files that may hold it beside a single file, best first
+    latents     scale and shift of the VAE's latents, for a file without a config
+    widths      field of the transformer's config -> [(component, field)], which must sum to it
+    scheduler   (transformer's config, name of the place) -> what to sample with
+    repo        on the hub: has every component as a folder
+    """
+
+    title: str
+    pipeline: str
+    repo: str
+    components: Mapping[str, str]
+    widths: Mapping[str, list[tuple[str, str]]]
+    scheduler: Callable[[Any, str], SchedulerConfig]
+    optional: tuple[str, ...] = ()
+    beside: Mapping[str, tuple[str, ...]] = {}
+    latents: Mapping[str, float] = {}
 
 
 class Piece(NamedTuple):
@@ -77,111 +149,56 @@ class Recipe(NamedTuple):
         return [*names, self.copy] if self.copy else [*names]
 
 
-def recipes(table: Table, shapes: Mapping[str, Shape]) -> dict[str, Recipe]:
+def recipes(table: Table, layout: int, shapes: Mapping[str, Shape]) -> dict[str, Recipe]:
     """What to read for every tensor of ours, given their names and shapes.
 
-    A name that no entry of the table fits is a mistake in the table: KeyError.
+    layout is which entry of the table's tuples counts. A name that no entry of the table fits is a
+    mistake in the table: KeyError.
     """
     patterns = [
         (re.compile(re.escape(ours).replace(r"\*", r"(\d+)") + r"(\.weight|\.bias)?"), source)
         for ours, source in table.items()
     ]
-    return {name: _recipe(name, shape, patterns) for name, shape in shapes.items()}
+    found = {}
+    for name, shape in shapes.items():
+        fits = ((match, source) for p, source in patterns if (match := p.fullmatch(name)))
+        match, source = next(fits, (None, ""))
+        if match is None:
+            raise KeyError(f"the key map has no entry for {name}")
+        source = source[layout] if isinstance(source, tuple) else source
+        *numbers, leaf = match.groups()
+        found[name] = _recipe(source, shape, numbers, leaf or "")
+    return found
 
 
-def _recipe(name: str, shape: Shape, patterns: list[tuple[re.Pattern[str], Source]]) -> Recipe:
-    fits = ((match, source) for pattern, source in patterns if (match := pattern.fullmatch(name)))
-    match, source = next(fits, (None, ""))
-    if match is None:
-        raise KeyError(f"the key map has no entry for {name}")
-    *numbers, leaf = match.groups()
+def _recipe(source: Source, shape: Shape, numbers: list[str], leaf: str) -> Recipe:
+    """The recipe of a tensor of this shape, whose name had these numbers and this ending."""
 
     def theirs(pattern: str) -> str:
         parts = iter(numbers)
-        return re.sub(r"\*", lambda _: next(parts), pattern) + (leaf or "")
+        return re.sub(r"\*", lambda _: next(parts), pattern) + leaf
 
-    rows = shape[0]
-    if isinstance(source, tuple):
-        each = rows // max(1, len(source))
-        pieces = tuple(Piece(theirs(part), 0, each) for part in source)
+    count = shape[0]
+    if isinstance(source, Stack):
+        each = count // max(1, len(source.names))
+        pieces = tuple(Piece(theirs(name), 0, each) for name in source.names)
         return Recipe(pieces, (each, *shape[1:]))
+    name = theirs(source if isinstance(source, str) else source.name)
+    whole = Recipe((Piece(name, 0, count),), shape)
+    if isinstance(source, Rows):
+        rows = (Piece(name, source.start, source.stop),)
+        return Recipe(rows, (source.total, *shape[1:]))
     if isinstance(source, Swap):
-        stored, half = theirs(source.name), rows // 2
-        return Recipe((Piece(stored, half, rows), Piece(stored, 0, half)), shape)
-    if isinstance(source, Conv1x1):
-        matrix = len(shape) == 2
-        return Recipe((Piece(theirs(source.name), 0, rows),), (*shape, 1, 1) if matrix else shape)
+        return whole._replace(pieces=(Piece(name, count // 2, count), Piece(name, 0, count // 2)))
+    if isinstance(source, Conv1x1) and len(shape) == 2:
+        return whole._replace(shape=(*shape, 1, 1))
     if isinstance(source, Same):
-        return Recipe((Piece(theirs(source.name), 0, rows),), shape, copy=theirs(source.copy))
-    return Recipe((Piece(theirs(source), 0, rows),), shape)
-
-
-def check(plan: Mapping[str, Recipe], stored: Tensors, unused: tuple[str, ...], what: str) -> None:
-    """Raise one ValueError that lists missing, unexpected, mis-shaped and non-float tensors.
-
-    unused are names that published files are known to carry and that nobody needs.
-    """
-    wanted = {name: recipe.shape for recipe in plan.values() for name in recipe.names}
-    missing = [name for name in wanted if name not in stored]
-    unexpected = [name for name in stored if name not in wanted and name not in unused]
-    shaped = [
-        f"{name} is {list(stored[name].shape)} and must be {list(shape)}"
-        for name, shape in wanted.items()
-        if name in stored and stored[name].shape != shape
-    ]
-    integers = [
-        f"{name} is {stored[name].dtype}"
-        for name in wanted
-        if name in stored and not stored[name].dtype.is_floating_point
-    ]
-    faults = (
-        _some(missing, "missing"),
-        _some(unexpected, "unexpected"),
-        _some(shaped, "of another shape"),
-        _some(integers, "not floating point"),
-    )
-    if any(faults):
-        raise ValueError(f"{what}: " + "; ".join(fault for fault in faults if fault))
-
-
-def _some(names: list[str], kind: str, most: int = 10) -> str:
-    if not names:
-        return ""
-    tail = ", ..." if len(names) > most else ""
-    return f"{len(names)} tensors {kind} ({', '.join(name[:200] for name in names[:most])}{tail})"
-
-
-def read_into(out: Tensor, recipe: Recipe, stored: Tensors) -> None:
-    """Fill a tensor of ours from the files, a few megabytes at a time, in its own dtype.
-
-    Raises ValueError where two tensors that must be the same are not.
-    """
-    if not recipe.pieces:
-        out.copy_(torch.eye(*out.shape, dtype=out.dtype))
-    at = 0
-    for name, start, stop in recipe.pieces:
-        for first, last in row_chunks(stored[name], start, stop):
-            rows = read_rows(stored[name], first, last)
-            if recipe.copy and not same_values(stored[name], stored[recipe.copy], first, last):
-                raise ValueError(
-                    f"{stored[name].file} holds {name} and {recipe.copy}, which must be the same "
-                    "and are not"
-                )
-            if not out.is_cpu:  # convert here: not every device knows every stored type
-                rows = rows.to(out.dtype)
-            target = out[at : at + last - first]
-            target.copy_(rows.reshape(target.shape))
-            at += last - first
-
-
-def same_values(one: Stored, other: Stored, first: int, last: int) -> bool:
-    """Whether two stored tensors of the same shape hold the same numbers in these rows."""
-    a, b = (read_rows(stored, first, last).float() for stored in (one, other))
-    return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+        return whole._replace(copy=theirs(source.copy))
+    return whole
 
 
 def write_out(value: Tensor, recipe: Recipe) -> dict[str, Tensor]:
-    """The other direction: the stored tensors that one tensor of ours becomes."""
+    """The stored tensors that one tensor of ours becomes."""
     out: dict[str, Tensor] = {}
     at = 0
     for name, start, stop in recipe.pieces:

@@ -1,15 +1,18 @@
-"""Parts of a model, loaded strictly: every tensor of a file has its place, every place its tensor.
+"""Models found in folders and files, and loaded strictly: every tensor of a file has its place, and
+every place its tensor.
 
-Names and shapes are checked against the headers before any data is read. A module is built without
-memory, then filled from the files a few megabytes at a time, converting on the way, so that loading
-needs the module's own size and little more.
+Two layouts are published: a folder with one subfolder per component (the diffusers layout), and
+single files in their authors' own names, with encoders and tokenizers beside them. What is there is
+found from names and headers, and all of it is checked before any data is read. A module is built
+without memory, then filled from the files a few megabytes at a time, converting on the way, so that
+loading needs the module's own size and little more.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -18,21 +21,45 @@ import torch
 from torch import nn
 
 from minidit.scheduler import SchedulerConfig
-from minidit.tokenizers import CLIPTokenizer, GemmaTokenizer, T5Tokenizer
-from weights.files import row_chunks
-from weights.keymap import read_into, same_values
-from weights.model import (
-    COMPONENTS,
-    TOKENIZER_FILES,
-    find_tokenizer,
-    open_model,
-    read_scheduler,
-    require,
+from weights import lumina
+from weights.common import is_clip_l
+from weights.config import config_from
+from weights.files import COMPONENTS, FOREIGN, plain, read_header, read_json, read_torch, short
+from weights.keymap import Family, Recipe
+from weights.networks import (
+    FAMILIES,
+    Model,
+    Part,
+    build,
+    class_of,
+    family_of,
+    kinds,
+    read_config,
+    read_into,
+    read_part,
+    sized_part,
 )
-from weights.networks import ROLES, Part, build, config_from_json, read_part
 from weights.resolve import resolve
+from weights.tokenizers import FILES, MAIN_FILE, read_tokenizer
 
-__all__ = ["COMPONENTS", "config_from_json", "load_component", "load_module", "load_parts"]
+Paths = Sequence[str | PathLike[str]]
+PREFIXES = (  # of the components in one file
+    "model.diffusion_model.",
+    "first_stage_model.",
+    "text_encoders.clip_l.transformer.",
+    "text_encoders.clip_g.transformer.",
+    "text_encoders.t5xxl.transformer.",
+)
+SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+SCHEDULER_OPTIONS = (  # that change the noise levels; refused unless SchedulerConfig has them
+    "use_dynamic_shifting",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "invert_sigmas",
+    "stochastic_sampling",
+    "shift_terminal",
+)
 
 
 def load_parts(
@@ -40,9 +67,9 @@ def load_parts(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     use_t5: bool = True,
-    extra: Sequence[str | PathLike[str]] = (),
+    extra: Paths = (),
 ) -> tuple[str, dict[str, Any]]:
-    """A whole model: its family, "sd3" or "lumina", and its components by name.
+    """A whole model: its family, a key of FAMILIES, and its components by name.
 
     path    folder, single file or hub id; see `weights.resolve`
     device  "meta" checks every name and shape of the files and reads no data
@@ -51,18 +78,15 @@ def load_parts(
     Raises ValueError or FileNotFoundError, before any data is read if a file is missing or unsound.
     """
     device, dtype = check_target(device, dtype)
-    names = [name for name in COMPONENTS if use_t5 or name != "text_encoder_3"]
-    model = open_model(resolve(path, names), use_t5, [resolve(place, names) for place in extra])
+    model = find_model(path, use_t5, extra)
     require(model)
-    for part in model.parts.values():
-        build(part)
-    loaded: dict[str, Any] = {"scheduler": model.scheduler}
+    built = {name: build(part) for name, part in model.parts.items()}
+    loaded: dict[str, Any] = dict.fromkeys(FAMILIES[str(model.family)].optional)
+    loaded["scheduler"] = model.scheduler
     for name, folder in model.tokenizers.items():
-        loaded[name] = load_tokenizer(folder)
-    for name, part in model.parts.items():
-        loaded[name] = load_module(part, device, dtype)
-    if model.family == "sd3":
-        loaded = {"text_encoder_3": None, "tokenizer_3": None, **loaded}
+        loaded[name] = read_tokenizer(folder)
+    for name, (module, plan) in built.items():
+        loaded[name] = fill(module, plan, model.parts[name], device, dtype)
     return str(model.family), loaded
 
 
@@ -87,24 +111,19 @@ def load_component(
     if local.is_dir() and folder.is_dir():
         if name == "scheduler":
             return read_scheduler(folder, SchedulerConfig())
-        if name in ROLES:
+        if not name.startswith("tokenizer"):
             return load_module(read_part(folder, name), device, dtype)
-        return load_tokenizer(find_tokenizer(folder, name))
+        return read_tokenizer(folder)
     model = open_model(local)
+    if name in model.missing:
+        raise FileNotFoundError(model.missing[name])
     if name in model.parts:
         return load_module(model.parts[name], device, dtype)
     if name in model.tokenizers:
-        return load_tokenizer(model.tokenizers[name])
+        return read_tokenizer(model.tokenizers[name])
     if name == "scheduler" and model.scheduler:
         return model.scheduler
-    raise FileNotFoundError(model.missing.get(name) or f"there is no {name} in {local}")
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder: its files tell which."""
-    classes: tuple[Any, ...] = (CLIPTokenizer, T5Tokenizer, GemmaTokenizer)
-    kinds = zip(TOKENIZER_FILES, classes, strict=True)
-    return next(kind for file, kind in kinds if (folder / file).is_file()).from_folder(folder)
+    raise FileNotFoundError(f"there is no {name} in {local}")
 
 
 def load_module(
@@ -114,10 +133,17 @@ def load_module(
 
     Raises ValueError if the files do not fit the network exactly, before any data is read.
     """
-    device, dtype = check_target(device, dtype)
-    if part.kind == "nextdit" and part.layout == "diffusers":
-        part = _share_query(part, read=device.type != "meta")
-    module, plan = build(part)
+    return fill(*build(part), part, *check_target(device, dtype))
+
+
+def fill(
+    module: nn.Module,
+    plan: dict[str, Recipe],
+    part: Part,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> nn.Module:
+    """The module that `build` made of a part, with the part's data on a device."""
     module.to(dtype)
     if device.type == "meta":
         return module
@@ -134,25 +160,6 @@ def load_module(
     return module
 
 
-def _share_query(part: Part, read: bool) -> Part:
-    """Keep one query a layer where both stored ones are the same, as in the official files.
-
-    Without reading data that cannot be known, and both are kept.
-    """
-    apart = part._replace(config=replace(part.config, shared_query=False))
-    if not read:
-        return apart
-    build(apart)  # so that every pair is known to be there, with the same shape
-    for name, first in part.stored.items():
-        if ".attn1.to_q." not in name and ".attn1.norm_q." not in name:
-            continue
-        second = part.stored[name.replace(".attn1.", ".attn2.")]
-        for start, stop in row_chunks(first, 0, first.shape[0]):
-            if not same_values(first, second, start, stop):
-                return apart
-    return part._replace(config=replace(part.config, shared_query=True))
-
-
 def check_target(
     device: str | torch.device, dtype: torch.dtype
 ) -> tuple[torch.device, torch.dtype]:
@@ -167,3 +174,268 @@ def check_target(
         reason = (str(error).splitlines() or ["unknown"])[0]
         raise ValueError(f"device {str(device)!r} is not available here: {reason}") from None
     return device, dtype
+
+
+def find_model(
+    path: str | PathLike[str], use_t5: bool = True, extra: Paths = (), weights: bool = True
+) -> Model:
+    """What is at a path or a hub id, see `open_model`; weights False leaves them on the hub."""
+    names = [name for name in COMPONENTS if use_t5 or name != "text_encoder_3"]
+    others = [resolve(place, names, weights) for place in extra]
+    return open_model(resolve(path, names, weights), use_t5, others)
+
+
+def open_model(path: Path, use_t5: bool = True, extra: Sequence[Path] = ()) -> Model:
+    """Find the parts of a model in a local folder or file, from names and headers alone.
+
+    use_t5  False leaves T5's weights out of SD3
+    extra   more files or folders to look in for what is not beside the model
+    Raises FileNotFoundError or ValueError if there is nothing that can be understood; what is only
+    missing is listed in the model.
+    """
+    if not path.is_file() and not path.is_dir():
+        raise ValueError(f"{path} is neither a file nor a folder")
+    file = path if path.is_file() else _one_file(path)
+    if file is None and extra:
+        raise ValueError(f"{path} is in the diffusers layout: {extra[0]} cannot be added to it")
+    model = Model(file or path, "single file" if file else "folder in the diffusers layout")
+    for place in [file, *extra]:
+        if place is not None and place.is_file():
+            _add_file(model, place)
+    folders = [place for place in extra if place.is_dir()] + [file.parent if file else path]
+    listed = _listed(path) if file is None else None
+    for name in COMPONENTS:
+        if name == "text_encoder_3" and not use_t5:
+            model.parts.pop(name, None)
+        elif name not in model.parts and (model.family or not file):
+            _find(model, name, folders, listed)
+    if file:
+        model.missing.pop("scheduler", None)
+        model.scheduler = model.scheduler or default_scheduler(model)
+    _check_together(model)
+    return model
+
+
+def require(model: Model) -> None:
+    """Raise one FileNotFoundError that lists all that a model lacks to run, and where to get it."""
+    if model.family is None:
+        if "transformer" in model.missing:
+            raise FileNotFoundError(model.missing["transformer"])
+        have = ", ".join([*model.parts, *model.tokenizers]) or "no component"
+        raise FileNotFoundError(f"{model.where} has no transformer, only {have}")
+    if not model.missing:
+        return
+    lacks = "; ".join(f"{name} ({why})" for name, why in model.missing.items())
+    message = f"{model.where} cannot run yet, it lacks {lacks}"
+    if model.where.is_file():
+        what = " ".join(f"'{name}/*'" for name in model.missing)
+        message += (
+            f"; one way to get them: hf download {FAMILIES[model.family].repo} --include {what} "
+            f"--exclude '*.fp16*' --local-dir {model.where.parent}"
+        )
+    raise FileNotFoundError(message)
+
+
+def _find(model: Model, name: str, folders: list[Path], listed: list[str] | None) -> None:
+    """Add a component to a model from the first of the folders that has it, or say it is missing.
+
+    listed are the components that a folder in the diffusers layout should have.
+    """
+    family = FAMILIES.get(model.family or "")
+    known = family is None or name in family.components or name == "scheduler"
+    try:
+        look = known if listed is None else name in listed
+        if look and any(_look_in(folder, model, name, family) for folder in folders):
+            return
+    except FileNotFoundError as error:
+        model.missing[name] = str(error)
+        return
+    needed = family is not None and known and name not in family.optional
+    if name == "tokenizer_3":  # T5 is optional, but not without its tokenizer
+        needed = needed or "text_encoder_3" in model.parts
+    if needed or name in (listed or ()):
+        model.missing[name] = _what_to_add(name, model, family)
+
+
+def _listed(folder: Path) -> list[str]:
+    """The components that a folder should have: by model_index.json, or else those it has."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        return [name for name in COMPONENTS if (folder / name).is_dir()]
+    values = read_json(index)
+    for name in COMPONENTS:
+        value = values.get(name)
+        if value is not None and not (isinstance(value, list) and len(value) == 2):
+            raise ValueError(f"{index}: {name} is {short(value)}, must be a [library, class] pair")
+    return [name for name in COMPONENTS if values.get(name) not in (None, [None, None])]
+
+
+def _one_file(folder: Path) -> Path | None:
+    """The model file of a folder, or None if the folder is in the diffusers layout."""
+    if (folder / "model_index.json").is_file() or (folder / "transformer").is_dir():
+        return None
+    for name in lumina.FILES:
+        if (folder / name).is_file():
+            return folder / name
+    names = sorted(p.name for p in folder.iterdir() if p.suffix == ".safetensors")
+    if names and (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is one component: give the folder that it is in")
+    others = {n for family in FAMILIES.values() for files in family.beside.values() for n in files}
+    models = [name for name in names if name not in others] or names
+    if len(models) > 1:
+        raise ValueError(f"{folder} has several models, name one: {', '.join(map(plain, models))}")
+    if models:
+        return folder / models[0]
+    if any((folder / name).is_dir() for name in COMPONENTS):
+        return None
+    raise FileNotFoundError(
+        f"{folder} has no model: neither model_index.json nor component folders nor "
+        "a .safetensors file"
+    )
+
+
+def read_parts(path: Path) -> list[Part]:
+    """The networks in a file, told by their tensors' names and shapes; ValueError for others."""
+    if path.suffix in FOREIGN:
+        what = FOREIGN[path.suffix]
+        raise ValueError(f"{path} is {what}: use the model's .safetensors file instead")
+    stored = read_torch(path) if path.suffix in (".pth", ".pt") else read_header(path)
+    if not any(name.startswith(PREFIXES) for name in stored):
+        return [sized_part(stored, str(path))]
+    shares: dict[str, dict[str, Any]] = {}
+    for key, tensor in stored.items():
+        prefix = next((prefix for prefix in PREFIXES if key.startswith(prefix)), None)
+        if prefix is None:
+            raise ValueError(
+                f"{path} has the tensor {plain(key)}, which belongs to no known component"
+            )
+        shares.setdefault(prefix, {})[key.removeprefix(prefix)] = tensor
+    return [sized_part(share, f"{path} ({prefix}*)") for prefix, share in shares.items()]
+
+
+def _add_file(model: Model, path: Path, only: str | None = None) -> None:
+    """Add the networks of a file to a model; `only` is the component that it must hold."""
+    parts = read_parts(path)
+    # the transformer first: what the others are depends on the family
+    for part in sorted(parts, key=lambda part: part.kind not in kinds("transformer")):
+        family = FAMILIES[model.family or family_of(part.kind) or "sd3"]
+        names = [n for n, cls in family.components.items() if class_of(cls)[0] == part.kind]
+        if len(names) > 1:  # SD3's CLIPs
+            names = names[:1] if is_clip_l(part.stored) else names[1:]
+        if not names:
+            raise ValueError(f"{part.where} is a {part.kind}, which {family.title} has not")
+        if only is not None and names != [only]:
+            raise ValueError(f"{path} holds {names[0]}, must hold {only}")
+        if names[0] in model.parts:
+            other = model.parts[names[0]].where
+            raise ValueError(f"{names[0]} is in {other} and again in {part.where}")
+        model.parts[names[0]] = part
+
+
+def _look_in(folder: Path, model: Model, name: str, family: Family | None) -> bool:
+    """Add a component that a folder has to a model; FileNotFoundError if it has a part of it."""
+    here = folder / name
+    if not here.is_dir():
+        places = (folder, folder / "text_encoders")
+        files = [
+            p / file for file in (family.beside if family else {}).get(name, ()) for p in places
+        ]
+        for file in [file for file in files if file.is_file()][:1]:
+            _add_file(model, file, only=name)
+        return name in model.parts
+    if name == "scheduler":
+        fallback = default_scheduler(model) if family else SchedulerConfig()
+        model.scheduler = read_scheduler(here, fallback)
+    elif name.startswith("tokenizer"):
+        main = MAIN_FILE.get(family.components.get(name, "") if family else "")
+        if not any((here / file).is_file() for file in ([main] if main else FILES)):
+            raise FileNotFoundError(f"there is no {main or ' or '.join(FILES)} in {here}")
+        model.tokenizers[name] = here
+    else:
+        model.parts[name] = read_config(here, name)
+        model.parts[name] = read_part(here, name)
+    return True
+
+
+def _what_to_add(name: str, model: Model, family: Family | None) -> str:
+    """What would bring a component that is missing."""
+    if family is None or not model.where.is_file():
+        return f"there is no folder {name} in {model.where}"
+    what = f"a folder {name}"
+    if name in family.beside:
+        what = f"{family.beside[name][0]} or {what}"
+    if name.startswith("tokenizer"):
+        main = MAIN_FILE[family.components[name]]
+        what += f" with the small files {', '.join((main, *FILES[main]))}"
+    return f"{what} beside {model.where.name}"
+
+
+def read_scheduler(folder: Path, fallback: SchedulerConfig) -> SchedulerConfig:
+    """A scheduler folder's config; what only our files have comes from the fallback otherwise.
+
+    Raises ValueError for another noise schedule than those known here.
+    """
+    path = folder / "scheduler_config.json"
+    values = read_json(path)
+    kind = values.get("_class_name", SCHEDULER)
+    if kind != SCHEDULER:
+        raise ValueError(f"{path} is for {short(kind)}, must be for {SCHEDULER}")
+    known = {field.name for field in fields(SchedulerConfig)}
+    for option in SCHEDULER_OPTIONS:
+        if option not in known and values.get(option):
+            raise ValueError(f"{path}: {option} is {short(values[option])}, must be off")
+    times = values.get("num_train_timesteps", 1000)
+    if times != 1000:
+        raise ValueError(f"{path}: num_train_timesteps is {short(times)}, must be 1000")
+    config = config_from(SchedulerConfig, values, path)
+    ours = [name for name in known - set(values) if name.startswith(("default_", "corrected_"))]
+    return replace(config, **{name: getattr(fallback, name) for name in ours})
+
+
+def default_scheduler(model: Model) -> SchedulerConfig | None:
+    """What to sample with where no file says it; None without a transformer."""
+    if model.family is None:
+        return None
+    where = model.where
+    cached = where.parent.name == "snapshots"  # in the hub's cache the folder is a commit
+    name = (where.parent.parent if cached else where).name
+    return FAMILIES[model.family].scheduler(model.parts["transformer"].config, name)
+
+
+def _check_together(model: Model) -> None:
+    """Complete what files without a config leave open, and raise ValueError where parts are of
+    different models: their kinds and widths must meet."""
+    if model.family is None:
+        if any(part.layout == "original" and part.kind == "vae" for part in model.parts.values()):
+            raise ValueError(
+                f"{model.where} is a VAE alone, which does not say its scale: name the model"
+            )
+        return
+    family = FAMILIES[model.family]
+    for name in [*model.parts, *model.tokenizers]:
+        if name not in family.components:
+            raise ValueError(f"{model.where} has a {name}, which {family.title} has not")
+    for name, part in model.parts.items():
+        kind, layout = class_of(family.components[name])
+        if part.kind != kind:
+            raise ValueError(
+                f"{model.where}: its {name} is a {part.kind}, but its transformer needs a {kind}"
+            )
+        if kind == "vae" and part.layout == "original":
+            if not family.latents:
+                raise ValueError(f"{part.where} does not say its scale: use a folder vae instead")
+            model.parts[name] = part._replace(config=replace(part.config, **family.latents))
+        if kind == "clip" and layout == "unprojected" and part.layout == "diffusers":
+            stored = {k: t for k, t in part.stored.items() if k != "text_projection.weight"}
+            config = replace(part.config, projection_dim=part.config.hidden_size)
+            model.parts[name] = part._replace(layout=layout, config=config, stored=stored)
+    for field, sources in family.widths.items():
+        if all(name in model.parts for name, _ in sources):
+            width = sum(getattr(model.parts[name].config, source) for name, source in sources)
+            wanted = getattr(model.parts["transformer"].config, field)
+            if width != wanted:
+                raise ValueError(
+                    f"{model.where}: the transformer's {field} is {wanted}, but "
+                    f"{' with '.join(name for name, _ in sources)} gives {width}: they are not "
+                    "parts of one model"
+                )

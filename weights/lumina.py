@@ -1,144 +1,74 @@
-"""Key maps of Lumina-Next: Next-DiT and Gemma (its VAE is SDXL's, see sd3.vae_diffusers).
-
-The left side is our module, the right side the file (see keymap.py for how to read a table).
-Sources: the official files' tensor lists and the code of Lumina-T2X and diffusers, which agree.
-"""
+"""Lumina-Next: the key map of Next-DiT, and what a model of the family consists of."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
 
-from minidit.gemma import GemmaConfig
-from minidit.nextdit import NextDiTConfig
-from weights.files import Tensors, count, shape_of
-from weights.keymap import Same, Source, Table
+from minidit.nextdit import NextDiT, NextDiTConfig
+from minidit.scheduler import SchedulerConfig
+from weights.files import Stored, Tensors, count, read_namespace, shape_of, short
+from weights.keymap import Family, Network, Same, Table
 
 # Lumina-T2X's files, best first; the averaged weights are what its own script samples with
 FILES = tuple(
     f"consolidated{ema}.00-of-01.{end}" for ema in ("_ema", "") for end in ("safetensors", "pth")
 )
-LAYER = "layers.*."
+MULTIPLES = (256, 128, 64, 32, 16, 8, 4, 2, 1)  # that the width of the MLP may be rounded up to
 
 
-def nextdit_diffusers(config: NextDiTConfig, stored: Tensors | None = None) -> Table:
-    """Next-DiT in the diffusers layout, which stores the one query of a layer twice."""
-    q: Source = LAYER + "attn1.to_q"
-    q_norm: Source = LAYER + "attn1.norm_q"
-    if config.shared_query:
-        q = Same(LAYER + "attn1.to_q", LAYER + "attn2.to_q")
-        q_norm = Same(LAYER + "attn1.norm_q", LAYER + "attn2.norm_q")
-    return {
-        "patch_embed": "patch_embedder.proj",
-        "pad_token": "pad_token",
-        "time_embed.fc1": "time_caption_embed.timestep_embedder.linear_1",
-        "time_embed.fc2": "time_caption_embed.timestep_embedder.linear_2",
-        "caption_embed.norm": "time_caption_embed.caption_embedder.0",
-        "caption_embed.linear": "time_caption_embed.caption_embedder.1",
-        "blocks.*.modulation": LAYER + "norm1.linear",
-        "blocks.*.attn_norm1": LAYER + "norm1.norm",
-        "blocks.*.attn_norm2": LAYER + "norm2",
-        "blocks.*.ffn_norm1": LAYER + "ffn_norm1",
-        "blocks.*.ffn_norm2": LAYER + "ffn_norm2",
-        "blocks.*.context_norm": LAYER + "norm1_context",
-        "blocks.*.attn.q": q,
-        "blocks.*.attn.k": LAYER + "attn1.to_k",
-        "blocks.*.attn.v": LAYER + "attn1.to_v",
-        "blocks.*.attn.q_norm": q_norm,
-        "blocks.*.attn.k_norm": LAYER + "attn1.norm_k",
-        "blocks.*.attn.context_q": LAYER + "attn2.to_q",
-        "blocks.*.attn.context_q_norm": LAYER + "attn2.norm_q",
-        "blocks.*.attn.context_k": LAYER + "attn2.to_k",
-        "blocks.*.attn.context_v": LAYER + "attn2.to_v",
-        "blocks.*.attn.context_k_norm": LAYER + "attn2.norm_k",
-        "blocks.*.attn.gate": LAYER + "gate",
-        "blocks.*.attn.out": LAYER + "attn2.to_out.0",
-        "blocks.*.mlp.w1": LAYER + "feed_forward.linear_1",
-        "blocks.*.mlp.w2": LAYER + "feed_forward.linear_2",
-        "blocks.*.mlp.w3": LAYER + "feed_forward.linear_3",
-        "final.modulation": "norm_out.linear_1",
-        "final.linear": "norm_out.linear_2",
-    }
+def nextdit(config: NextDiTConfig, stored: Tensors | None = None) -> Table:
+    """Next-DiT: the diffusers layout, and that of Lumina-T2X.
 
-
-def nextdit_original(config: NextDiTConfig, stored: Tensors | None = None) -> Table:
-    """Next-DiT as Lumina-T2X saves it."""
-    return {
-        "patch_embed": "x_embedder",
-        "pad_token": "pad_token",
-        "time_embed.fc1": "t_embedder.mlp.0",
-        "time_embed.fc2": "t_embedder.mlp.2",
-        "caption_embed.norm": "cap_embedder.0",
-        "caption_embed.linear": "cap_embedder.1",
-        "blocks.*.modulation": LAYER + "adaLN_modulation.1",
-        "blocks.*.attn_norm1": LAYER + "attention_norm1",
-        "blocks.*.attn_norm2": LAYER + "attention_norm2",
-        "blocks.*.ffn_norm1": LAYER + "ffn_norm1",
-        "blocks.*.ffn_norm2": LAYER + "ffn_norm2",
-        "blocks.*.context_norm": LAYER + "attention_y_norm",
-        "blocks.*.attn.q": LAYER + "attention.wq",
-        "blocks.*.attn.k": LAYER + "attention.wk",
-        "blocks.*.attn.v": LAYER + "attention.wv",
-        "blocks.*.attn.q_norm": LAYER + "attention.q_norm",
-        "blocks.*.attn.k_norm": LAYER + "attention.k_norm",
-        "blocks.*.attn.context_k": LAYER + "attention.wk_y",
-        "blocks.*.attn.context_v": LAYER + "attention.wv_y",
-        "blocks.*.attn.context_k_norm": LAYER + "attention.ky_norm",
-        "blocks.*.attn.gate": LAYER + "attention.gate",
-        "blocks.*.attn.out": LAYER + "attention.wo",
-        "blocks.*.mlp.w1": LAYER + "feed_forward.w1",
-        "blocks.*.mlp.w2": LAYER + "feed_forward.w2",
-        "blocks.*.mlp.w3": LAYER + "feed_forward.w3",
-        "final.modulation": "final_layer.adaLN_modulation.1",
-        "final.linear": "final_layer.linear",
-    }
-
-
-def gemma(config: GemmaConfig, stored: Tensors | None = None) -> Table:
-    """Gemma with the names of transformers: google's files put `model.` first, Lumina's do not."""
-    model = "model." if stored is not None and "model.embed_tokens.weight" in stored else ""
-    layer = model + LAYER
-    return {
-        "token_embed": model + "embed_tokens",
-        "layers.*.norm1": layer + "input_layernorm",
-        "layers.*.attn.q": layer + "self_attn.q_proj",
-        "layers.*.attn.k": layer + "self_attn.k_proj",
-        "layers.*.attn.v": layer + "self_attn.v_proj",
-        "layers.*.attn.out": layer + "self_attn.o_proj",
-        "layers.*.norm2": layer + "post_attention_layernorm",
-        "layers.*.mlp.gate": layer + "mlp.gate_proj",
-        "layers.*.mlp.up": layer + "mlp.up_proj",
-        "layers.*.mlp.down": layer + "mlp.down_proj",
-        "final_norm": model + "norm",
-    }
-
-
-def nextdit_config(stored: Tensors, args: Mapping[str, Any]) -> NextDiTConfig:
-    """Sizes of Next-DiT in the original layout, which has no config: read from shapes.
-
-    args are the fields of model_args.pth, if it is there: only the image size is not in the shapes.
+    diffusers stores the one query of a layer twice, for both of its attentions.
     """
+    layer = "layers.*."
+    attn, attn1, attn2 = layer + "attention.", layer + "attn1.", layer + "attn2."
+    return {
+        "patch_embed": ("patch_embedder.proj", "x_embedder"),
+        "pad_token": "pad_token",
+        "time_embed.fc1": ("time_caption_embed.timestep_embedder.linear_1", "t_embedder.mlp.0"),
+        "time_embed.fc2": ("time_caption_embed.timestep_embedder.linear_2", "t_embedder.mlp.2"),
+        "caption_embed.norm": ("time_caption_embed.caption_embedder.0", "cap_embedder.0"),
+        "caption_embed.linear": ("time_caption_embed.caption_embedder.1", "cap_embedder.1"),
+        "blocks.*.modulation": (layer + "norm1.linear", layer + "adaLN_modulation.1"),
+        "blocks.*.attn_norm1": (layer + "norm1.norm", layer + "attention_norm1"),
+        "blocks.*.attn_norm2": (layer + "norm2", layer + "attention_norm2"),
+        "blocks.*.ffn_norm1": layer + "ffn_norm1",
+        "blocks.*.ffn_norm2": layer + "ffn_norm2",
+        "blocks.*.context_norm": (layer + "norm1_context", layer + "attention_y_norm"),
+        "blocks.*.attn.q": (Same(attn1 + "to_q", attn2 + "to_q"), attn + "wq"),
+        "blocks.*.attn.k": (attn1 + "to_k", attn + "wk"),
+        "blocks.*.attn.v": (attn1 + "to_v", attn + "wv"),
+        "blocks.*.attn.q_norm": (Same(attn1 + "norm_q", attn2 + "norm_q"), attn + "q_norm"),
+        "blocks.*.attn.k_norm": (attn1 + "norm_k", attn + "k_norm"),
+        "blocks.*.attn.context_k": (attn2 + "to_k", attn + "wk_y"),
+        "blocks.*.attn.context_v": (attn2 + "to_v", attn + "wv_y"),
+        "blocks.*.attn.context_k_norm": (attn2 + "norm_k", attn + "ky_norm"),
+        "blocks.*.attn.gate": (layer + "gate", attn + "gate"),
+        "blocks.*.attn.out": (attn2 + "to_out.0", attn + "wo"),
+        "blocks.*.mlp.w1": (layer + "feed_forward.linear_1", layer + "feed_forward.w1"),
+        "blocks.*.mlp.w2": (layer + "feed_forward.linear_2", layer + "feed_forward.w2"),
+        "blocks.*.mlp.w3": (layer + "feed_forward.linear_3", layer + "feed_forward.w3"),
+        "final.modulation": ("norm_out.linear_1", "final_layer.adaLN_modulation.1"),
+        "final.linear": ("norm_out.linear_2", "final_layer.linear"),
+    }
+
+
+def nextdit_sizes(stored: Tensors) -> tuple[str, NextDiTConfig]:
+    """Sizes from shapes; only the image size is in model_args.pth alone, if that is beside."""
     width, patch_values = shape_of(stored, "x_embedder.weight", 2)
     heads = shape_of(stored, "layers.0.attention.gate", 1)[0]
     keys = shape_of(stored, "layers.0.attention.wk.weight", 2)[0]
     mlp = shape_of(stored, "layers.0.feed_forward.w1.weight", 2)[0]
-    size = args.get("image_size", 1024)
-    if type(size) is not int or not 8 <= size < 2**16:
-        raise ValueError(
-            f"image_size in model_args.pth is {size!r:.80}, must be a number of pixels"
-        )
     patch = 2  # as in every published model
     # the MLP is 2/3 of 4 widths, rounded up to a multiple of this
-    multiples = [
-        m for m in (256, 128, 64, 32, 16, 8, 4, 2, 1) if -(-int(8 * width / 3) // m) * m == mlp
-    ]
+    multiples = [m for m in MULTIPLES if -(-int(8 * width / 3) // m) * m == mlp]
     if not multiples:
         raise ValueError(f"the MLP is {mlp} wide, which does not follow from a width of {width}")
-    channels = patch_values // patch**2
-    return NextDiTConfig(
-        sample_size=size // 8,
+    return "original", NextDiTConfig(
+        sample_size=image_size(stored["x_embedder.weight"]) // 8,
         patch_size=patch,
-        in_channels=channels,
+        in_channels=patch_values // patch**2,
         hidden_size=width,
         num_layers=count(stored, "layers."),
         num_attention_heads=heads,
@@ -149,5 +79,47 @@ def nextdit_config(stored: Tensors, args: Mapping[str, Any]) -> NextDiTConfig:
         learn_sigma=shape_of(stored, "final_layer.linear.weight", 2)[0] > patch_values,
         qk_norm="layers.0.attention.q_norm.weight" in stored,
         cross_attention_dim=shape_of(stored, "layers.0.attention.wk_y.weight", 2)[1],
-        shared_query=True,
     )
+
+
+def image_size(tensor: Stored) -> int:
+    """Pixels a side of the training pictures, from model_args.pth beside a file of Lumina-T2X."""
+    args = Path(tensor.file).with_name("model_args.pth")
+    size = read_namespace(args).get("image_size", 1024) if args.is_file() else 1024
+    if type(size) is not int or not 8 <= size < 2**16:
+        said = short(size) if type(size) in (int, float, str) else f"a {type(size).__name__}"
+        raise ValueError(f"image_size in model_args.pth is {said}, must be a number of pixels")
+    return size
+
+
+def scheduler(config: NextDiTConfig, name: str) -> SchedulerConfig:
+    """What to sample with where no file says it."""
+    return SchedulerConfig(shift=1.0, default_steps=30, default_guidance=4.0)
+
+
+NETWORKS = {
+    "nextdit": Network(
+        NextDiT,
+        NextDiTConfig,
+        nextdit,
+        classes={"LuminaNextDiT2DModel": "diffusers"},
+        sign="layers.0.attention.wq.weight",
+        sizes=nextdit_sizes,
+    ),
+}
+FAMILY = Family(
+    title="Lumina-Next",
+    pipeline="LuminaPipeline",
+    repo="Alpha-VLLM/Lumina-Next-SFT-diffusers",
+    components={
+        "transformer": "LuminaNextDiT2DModel",
+        "vae": "AutoencoderKL",
+        "text_encoder": "GemmaModel",
+        "tokenizer": "GemmaTokenizerFast",
+    },
+    widths={
+        "in_channels": [("vae", "latent_channels")],
+        "cross_attention_dim": [("text_encoder", "hidden_size")],
+    },
+    scheduler=scheduler,
+)

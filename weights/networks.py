@@ -1,89 +1,46 @@
-"""Which networks there are, and what a part of a model is before any of its data is read."""
+"""Which networks and families there are, and a network in files before any of its data is read."""
 
 from __future__ import annotations
 
-import types
-from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from minidit.clip import CLIPConfig, CLIPTextEncoder
-from minidit.gemma import GemmaConfig, GemmaEncoder
-from minidit.mmdit import MMDiT, MMDiTConfig
-from minidit.nextdit import NextDiT, NextDiTConfig
-from minidit.t5 import T5Config, T5Encoder
-from minidit.vae import AutoencoderKL, VAEConfig
-from weights import lumina, sd3
-from weights.files import Tensors, find_tensors, read_json
-from weights.keymap import Recipe, Table, check, recipes
+from minidit.scheduler import SchedulerConfig
+from weights import common, lumina, sd3
+from weights.config import config_from
+from weights.files import (
+    Stored,
+    Tensors,
+    find_tensors,
+    plain,
+    read_json,
+    read_rows,
+    row_chunks,
+    short,
+    weights_name,
+)
+from weights.keymap import Network, Recipe, recipes
 
-
-class Kind(NamedTuple):
-    """A network: its classes, its key map in every layout, names that files hold for nothing."""
-
-    network: type[nn.Module]
-    config: type
-    tables: Mapping[str, Callable[[Any, Tensors | None], Table]]
-    unused: tuple[str, ...] = ()
-
-
-KINDS = {
-    "mmdit": Kind(
-        MMDiT, MMDiTConfig, {"diffusers": sd3.mmdit_diffusers, "original": sd3.mmdit_original}
-    ),
-    "nextdit": Kind(
-        NextDiT,
-        NextDiTConfig,
-        {"diffusers": lumina.nextdit_diffusers, "original": lumina.nextdit_original},
-    ),
-    "vae": Kind(
-        AutoencoderKL, VAEConfig, {"diffusers": sd3.vae_diffusers, "original": sd3.vae_original}
-    ),
-    "clip": Kind(
-        CLIPTextEncoder,
-        CLIPConfig,
-        {"diffusers": sd3.clip, "unprojected": sd3.clip_unprojected},
-        unused=("text_model.embeddings.position_ids",),
-    ),
-    "t5": Kind(T5Encoder, T5Config, {"diffusers": sd3.t5}),
-    "gemma": Kind(
-        GemmaEncoder,
-        GemmaConfig,
-        {"diffusers": lumina.gemma},
-        unused=("lm_head.weight",),  # the embedding once more
-    ),
-}
-# what config.json says a folder holds -> which network, in which layout
+FAMILIES = {"sd3": sd3.FAMILY, "lumina": lumina.FAMILY}
+NETWORKS: dict[str, Network] = {**common.NETWORKS, **sd3.NETWORKS, **lumina.NETWORKS}
+# what config.json and model_index.json call a network -> which, in which layout
 CLASSES = {
-    "SD3Transformer2DModel": ("mmdit", "diffusers"),
-    "LuminaNextDiT2DModel": ("nextdit", "diffusers"),
-    "AutoencoderKL": ("vae", "diffusers"),
-    "CLIPTextModelWithProjection": ("clip", "diffusers"),
-    "CLIPTextModel": ("clip", "unprojected"),
-    "clip_text_model": ("clip", "diffusers"),
-    "T5EncoderModel": ("t5", "diffusers"),
-    "t5": ("t5", "diffusers"),
-    "GemmaModel": ("gemma", "diffusers"),
-    "GemmaForCausalLM": ("gemma", "diffusers"),
-    "gemma": ("gemma", "diffusers"),
-}
-ROLES = {  # component -> the networks that can fill it
-    "transformer": ("mmdit", "nextdit"),
-    "vae": ("vae",),
-    "text_encoder": ("clip", "gemma"),
-    "text_encoder_2": ("clip",),
-    "text_encoder_3": ("t5",),
+    name: (kind, layout)
+    for kind, network in NETWORKS.items()
+    for name, layout in network.classes.items()
 }
 
 
 class Part(NamedTuple):
     """A network in files: which, how its tensors are named, its config, its tensors' headers."""
 
-    kind: str
+    kind: str  # a key of NETWORKS
     layout: str
     config: Any
     stored: Tensors
@@ -91,20 +48,52 @@ class Part(NamedTuple):
     given: Mapping[str, Any] = {}  # config.json as it is, where there is one
 
 
-def stem(name: str) -> str:
-    """What the weight files of a component folder are called."""
-    return "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
+@dataclass
+class Model:
+    """The parts of a model in files, and for those that were not found, what is wrong.
+
+    parts include those whose weights are missing: their headers are empty.
+    """
+
+    where: Path
+    layout: str
+    parts: dict[str, Part] = field(default_factory=dict)
+    tokenizers: dict[str, Path] = field(default_factory=dict)
+    scheduler: SchedulerConfig | None = None
+    missing: dict[str, str] = field(default_factory=dict)  # component -> one sentence
+
+    @property
+    def family(self) -> str | None:
+        """A key of FAMILIES; None where there is no transformer to tell."""
+        return family_of(self.parts["transformer"].kind) if "transformer" in self.parts else None
 
 
-def read_part(folder: Path, name: str) -> Part:
+def class_of(name: str) -> tuple[str, str]:
+    """Kind and layout of a network's class in the official libraries; "" twice for others."""
+    return CLASSES.get(name, ("", ""))
+
+
+def kinds(component: str) -> set[str]:
+    """The networks that can fill a component, in any family."""
+    return {class_of(family.components.get(component, ""))[0] for family in FAMILIES.values()}
+
+
+def family_of(kind: str) -> str | None:
+    """The family whose transformer is of this kind, a key of FAMILIES; None for other networks."""
+    kinds = {class_of(f.components["transformer"])[0]: name for name, f in FAMILIES.items()}
+    return kinds.get(kind)
+
+
+def read_part(folder: Path, component: str) -> Part:
     """A component folder of the diffusers layout: its config.json and the headers of its files.
 
     Raises FileNotFoundError or ValueError.
     """
-    return read_config(folder, name)._replace(stored=find_tensors(folder, stem(name)))
+    part = read_config(folder, component)
+    return part._replace(stored=find_tensors(folder, weights_name(component)))
 
 
-def read_config(folder: Path, name: str) -> Part:
+def read_config(folder: Path, component: str) -> Part:
     """The same without its files: what config.json says."""
     path = folder / "config.json"
     values = read_json(path)
@@ -112,15 +101,31 @@ def read_config(folder: Path, name: str) -> Part:
     names = [*architectures] if isinstance(architectures, list) else []
     names = [values.get("_class_name"), *names, values.get("model_type")]
     known = next((CLASSES[n] for n in names if isinstance(n, str) and n in CLASSES), None)
-    if known is None or known[0] not in ROLES[name]:
+    possible = kinds(component)
+    if known is None or known[0] not in possible:
         said = next((n for n in names if n is not None), None)
-        allowed = [n for n, (kind, _) in CLASSES.items() if kind in ROLES[name]]
-        raise ValueError(f"{path} is for {_show(said)}, must be for one of {', '.join(allowed)}")
+        allowed = ", ".join(n for n, (kind, _) in CLASSES.items() if kind in possible)
+        raise ValueError(f"{path} is for {short(said)}, must be for one of {allowed}")
     kind, layout = known
-    config: Any = config_from_json(KINDS[kind].config, path)
+    config: Any = config_from(NETWORKS[kind].config, values, path)
     if layout == "unprojected":
         config = replace(config, projection_dim=config.hidden_size)
     return Part(kind, layout, config, {}, str(folder), values)
+
+
+def sized_part(stored: Tensors, where: str) -> Part:
+    """A network in a file without a config: which it is, and its sizes, are in names and shapes.
+
+    Raises ValueError.
+    """
+    for kind, network in NETWORKS.items():
+        if network.sizes and network.sign in stored:
+            try:
+                return Part(kind, *network.sizes(stored), stored, where)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+    names = ", ".join(plain(name) for name in sorted(stored)[:3])
+    raise ValueError(f"{where} is in no layout known here: its tensors are called {names}, ...")
 
 
 def build(part: Part) -> tuple[nn.Module, dict[str, Recipe]]:
@@ -128,94 +133,93 @@ def build(part: Part) -> tuple[nn.Module, dict[str, Recipe]]:
 
     Raises ValueError if the files do not fit the network exactly.
     """
-    kind = KINDS[part.kind]
-    _check_depth(part)
-    try:
-        with torch.device("meta"):
-            module = kind.network(part.config).eval().requires_grad_(False)
-    except (RuntimeError, TypeError, OverflowError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"{part.where}: its sizes make no {kind.network.__name__}: {reason}"
-        ) from None
-    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    plan = recipes(kind.tables[part.layout](part.config, part.stored), shapes)
-    check(plan, part.stored, kind.unused, f"{part.where} does not fit {kind.network.__name__}")
-    return module, plan
-
-
-def _check_depth(part: Part) -> None:
-    """Refuse a config with more layers than the files have tensors, before they are all built."""
-    depth = 1
-    for field in fields(part.config):
-        value = getattr(part.config, field.name)
-        if "layers" in field.name and isinstance(value, int):
-            depth *= value
-        elif field.name == "block_out_channels":
-            depth *= len(value)
-    if depth > len(part.stored):
+    network = NETWORKS[part.kind]
+    name = network.module.__name__
+    depth = math.prod(_depths(part.config))
+    if depth > len(part.stored):  # before they are all built
         raise ValueError(
             f"{part.where}: the config makes {depth} layers, but the files have only "
             f"{len(part.stored)} tensors"
         )
-
-
-C = TypeVar("C")
-
-
-def config_from_json(cls: type[C], path: str | Path) -> C:
-    """A config dataclass from a JSON file; keys without a field are ignored.
-
-    Raises FileNotFoundError, or ValueError with the key and its value where a type does not fit.
-    """
-    path = Path(path)
-    values = read_json(path)
-    hints = get_type_hints(cls)
-    found = {}
-    for field in fields(cls):  # type: ignore[arg-type]
-        if field.name in values:
-            value, hint = values[field.name], hints[field.name]
-            if not _fits(value, hint):
-                raise ValueError(f"{path}: {field.name} is {_show(value)}, must be {_say(hint)}")
-            found[field.name] = tuple(value) if isinstance(value, list) else value
     try:
-        return cls(**found)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        with torch.device("meta"):
+            module = network.module(part.config).eval().requires_grad_(False)
+    except (RuntimeError, TypeError, OverflowError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{part.where}: its sizes make no {name}: {reason}") from None
+    plan = plan_of(part.kind, part.layout, module, part.stored)
+    _check(plan, part.stored, network.ignore, f"{part.where} does not fit {name}")
+    return module, plan
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a JSON value can be what an annotation asks for."""
-    origin = get_origin(hint)
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, option) for option in get_args(hint))
-    if origin is tuple:
-        return isinstance(value, list) and all(_fits(v, get_args(hint)[0]) for v in value)
-    if origin is not None:  # Mapping[str, Any]
-        return isinstance(value, dict)
-    if hint is type(None):
-        return value is None
-    if hint is int:
-        return type(value) is int and abs(value) < 2**31
-    if hint is float:
-        return type(value) in (int, float) and abs(value) < 1e30  # not infinite, not NaN
-    return type(value) is hint
+def plan_of(
+    kind: str, layout: str, module: nn.Module, stored: Tensors | None = None
+) -> dict[str, Recipe]:
+    """What every tensor of a module is in files of a layout."""
+    network = NETWORKS[kind]
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    table = network.table(module.config, stored)
+    return recipes(table, network.layouts.index(layout), shapes)
 
 
-def _say(hint: Any) -> str:
-    """An annotation in words."""
-    origin = get_origin(hint)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_say(option) for option in get_args(hint))
-    if origin is tuple:
-        return f"a list, each {_say(get_args(hint)[0])}"
-    if origin is not None:
-        return "an object"
-    words = {int: "an integer below 2**31", float: "a finite number", bool: "true or false"}
-    return words.get(hint) or {str: "a string", type(None): "null"}[hint]
+def _depths(config: Any) -> list[int]:
+    """The numbers in a config that multiply the layers to be built."""
+    values = {f.name: getattr(config, f.name) for f in fields(config)}
+    depths = [v for name, v in values.items() if "layers" in name and type(v) is int]
+    return [*depths, len(values.get("block_out_channels", "1"))]
 
 
-def _show(value: Any) -> str:
-    """A JSON value for a message, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def _check(plan: Mapping[str, Recipe], stored: Tensors, ignore: tuple[str, ...], what: str) -> None:
+    """Raise one ValueError that lists missing, unexpected, mis-shaped and non-float tensors."""
+    wanted = {name: recipe.shape for recipe in plan.values() for name in recipe.names}
+    there = [name for name in wanted if name in stored]
+    faults = {
+        "missing": [name for name in wanted if name not in stored],
+        "unexpected": [plain(n) for n in stored if n not in wanted and n not in ignore],
+        "of another shape": [
+            f"{name} is {list(stored[name].shape)} and must be {list(wanted[name])}"
+            for name in there
+            if stored[name].shape != wanted[name]
+        ],
+        "not floating point": [
+            f"{name} is {stored[name].dtype}"
+            for name in there
+            if not stored[name].dtype.is_floating_point
+        ],
+    }
+    said = [
+        f"{len(names)} tensors {fault} ({', '.join([*names[:10], *(['...'] * (len(names) > 10))])})"
+        for fault, names in faults.items()
+        if names
+    ]
+    if said:
+        raise ValueError(f"{what}: {'; '.join(said)}")
+
+
+def read_into(out: Tensor, recipe: Recipe, stored: Tensors) -> None:
+    """Fill a tensor of ours from the files, a few megabytes at a time, in its own dtype.
+
+    Raises ValueError where two tensors that must be the same are not.
+    """
+    if not recipe.pieces:
+        out.copy_(torch.eye(*out.shape, dtype=out.dtype))
+    at = 0
+    for name, start, stop in recipe.pieces:
+        for first, last in row_chunks(stored[name], start, stop):
+            rows = read_rows(stored[name], first, last)
+            if recipe.copy and not _same(rows, stored[recipe.copy], first, last):
+                raise ValueError(
+                    f"{stored[name].file} holds {name} and {recipe.copy}, which must be the same "
+                    "and are not"
+                )
+            if not out.is_cpu:  # convert here: not every device knows every stored type
+                rows = rows.to(out.dtype)
+            target = out[at : at + last - first]
+            target.copy_(rows.reshape(target.shape))
+            at += last - first
+
+
+def _same(rows: Tensor, copy: Stored, first: int, last: int) -> bool:
+    """Whether a stored tensor holds the same numbers as these rows of another."""
+    other = read_rows(copy, first, last)
+    return torch.allclose(rows.float(), other.float(), rtol=0, atol=0, equal_nan=True)

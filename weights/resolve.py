@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from os import PathLike, fspath
 from pathlib import Path
 
-from weights.model import COMPONENTS, TOKENIZER_FILES
-from weights.networks import ROLES, stem
+from weights.files import COMPONENTS, FOREIGN, weights_name
+from weights.tokenizers import FILES
 
 PACKAGED = ("mini-sd3", "mini-lumina")
 
@@ -37,13 +37,14 @@ def resolve(
             return local
     except (OSError, RuntimeError) as error:  # too long a name, no permission, no home
         raise ValueError(f"cannot look for {text:.200}: {error}") from None
+    endings = (".safetensors", ".pth", *FOREIGN)
     name = text.removeprefix("weights/").rstrip("/")
     if name in PACKAGED:
         packaged = Path(__file__).parent / name
         if packaged.is_dir():
             return packaged
         raise FileNotFoundError(f"{name} is not part of this installation: {packaged} is missing")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and local.suffix not in (".safetensors", ".pth"):
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and local.suffix not in endings:
         return fetch(text, names, weights)
     raise FileNotFoundError(
         f"there is no file or folder {text}; the embedded models are {' and '.join(PACKAGED)}, "
@@ -54,7 +55,7 @@ def resolve(
 def fetch(repo: str, names: Sequence[str], weights: bool = True) -> Path:
     """The needed files of a hub repository, as a local folder."""
     small = ["model_index.json", *(pattern for name in names for pattern in _small_files(name))]
-    networks = [name for name in names if name in ROLES] if weights else []
+    networks = [n for n in names if not n.startswith(("tokenizer", "scheduler")) and weights]
     folder = _download(repo, [*small, *(p for name in networks for p in _weights(name, ""))])
     for variant in ("fp16", "bf16"):
         bare = [n for n in networks if (folder / n).is_dir() and not _has_weights(folder / n)]
@@ -71,17 +72,17 @@ def fetch(repo: str, names: Sequence[str], weights: bool = True) -> Path:
 
 
 def _small_files(name: str) -> list[str]:
-    if name in ROLES:
-        return [f"{name}/config.json"]
     if name == "scheduler":
         return [f"{name}/scheduler_config.json"]
-    files = {file for main, others in TOKENIZER_FILES.items() for file in (main, *others)}
+    if not name.startswith("tokenizer"):
+        return [f"{name}/config.json"]
+    files = {file for main, others in FILES.items() for file in (main, *others)}
     return [f"{name}/{file}" for file in sorted(files)]
 
 
 def _weights(name: str, variant: str) -> list[str]:
     """Patterns of the weight files of a component, in one variant ("" or such as ".fp16")."""
-    file = f"{name}/{stem(name)}"
+    file = f"{name}/{weights_name(name)}"
     return [
         f"{file}{variant}.safetensors",
         f"{file}.safetensors.index{variant}.json",

@@ -1,0 +1,190 @@
+"""Tokenizers from their folders: vocabularies, merges, SentencePiece models, special tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sentencepiece import SentencePieceProcessor
+
+from minidit.tokenizers import CLIPTokenizer, SentencePieceTokenizer
+from weights.files import file_size, read_json, short
+
+# the main file, which tells the kind -> what else is read
+FILES = {
+    "vocab.json": ("merges.txt", "tokenizer_config.json", "special_tokens_map.json"),
+    "spiece.model": ("tokenizer_config.json", "special_tokens_map.json"),
+    "tokenizer.model": ("tokenizer_config.json", "special_tokens_map.json"),
+}
+MAIN_FILE = {  # of the classes that model_index.json names
+    "CLIPTokenizer": "vocab.json",
+    "T5TokenizerFast": "spiece.model",
+    "GemmaTokenizerFast": "tokenizer.model",
+}
+MAX_BYTES = 10**8  # of a SentencePiece model or a list of merges; official ones have 4 MB
+NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+Added = list[tuple[int, str, dict[str, Any]]]
+
+
+def read_tokenizer(folder: Path) -> CLIPTokenizer | SentencePieceTokenizer:
+    """The tokenizer of a folder: its main file tells which.
+
+    Raises FileNotFoundError for missing files, ValueError for files that make no sense.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no tokenizer folder {folder}")
+    main = next(file for file in [*FILES, ""] if not file or (folder / file).is_file())
+    if not main:
+        raise FileNotFoundError(f"there is no {' or '.join(FILES)} in {folder}")
+    config = _config(folder)
+    read = {"vocab.json": _clip, "spiece.model": _t5, "tokenizer.model": _gemma}[main]
+    try:
+        tokenizer = read(folder, config)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{folder}: {error}") from None
+    tokenizer.folder = folder
+    return tokenizer
+
+
+def _clip(folder: Path, config: dict[str, Any]) -> CLIPTokenizer:
+    added = _added_tokens(config)
+    names = {name.removesuffix("_token"): config[name] for name in NAMES if name in config}
+    return CLIPTokenizer(
+        _vocab(folder / "vocab.json"),
+        _merges(folder / "merges.txt"),
+        **names,
+        special={name: id for id, name, about in added if not about.get("normalized")},
+        special_lower={name.lower(): id for id, name, about in added if about.get("normalized")},
+        model_max_length=_model_max_length(config),
+    )
+
+
+def _t5(folder: Path, config: dict[str, Any]) -> SentencePieceTokenizer:
+    config = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"} | config
+    model = _sentencepiece(folder / "spiece.model")
+    special = _special_tokens(model, config)
+    if "added_tokens_decoder" not in config:
+        extra, first = config.get("extra_ids", 100), model.get_piece_size()
+        if type(extra) is not int or not 0 <= extra < 10**4:
+            raise ValueError(f"extra_ids is {short(extra)}, must be an integer from 0 to 9999")
+        special |= {f"<extra_id_{extra - 1 - i}>": first + i for i in range(extra)}
+    return SentencePieceTokenizer(
+        model,
+        special,
+        pad=config["pad_token"],
+        end=config["eos_token"],
+        model_max_length=_model_max_length(config),
+    )
+
+
+def _gemma(folder: Path, config: dict[str, Any]) -> SentencePieceTokenizer:
+    config = {name: f"<{name.removesuffix('_token')}>" for name in NAMES} | config
+    model = _sentencepiece(folder / "tokenizer.model")
+    return SentencePieceTokenizer(
+        model,
+        _special_tokens(model, config),
+        pad=config["pad_token"],
+        start=config["bos_token"] if config.get("add_bos_token", True) else None,
+        end=config["eos_token"] if config.get("add_eos_token", False) else None,
+        padding_side=config.get("padding_side", "left"),
+        pad_to=8,
+        model_max_length=_model_max_length(config),
+    )
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json over special_tokens_map.json; special tokens by their text alone."""
+    config: dict[str, Any] = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / file).is_file():
+            values = read_json(folder / file)
+            config |= {key: value for key, value in values.items() if value is not None}
+    for key in NAMES:
+        if isinstance(config.get(key), dict):
+            config[key] = config[key].get("content")
+        if not isinstance(config.get(key, ""), str):
+            raise ValueError(f"{folder}: {key} is {short(config[key])}, must be a string")
+    return config
+
+
+def _added_tokens(config: dict[str, Any]) -> Added:
+    """A config's added_tokens_decoder as a list of id, token, and all that is said about it."""
+    try:
+        added = config.get("added_tokens_decoder", {}).items()
+        tokens = [(int(id), about["content"], dict(about)) for id, about in added]
+        sound = all(0 <= id < 2**31 and type(name) is str and name for id, name, _ in tokens)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise ValueError("added_tokens_decoder must map ids to tokens")
+    return tokens
+
+
+def _model_max_length(config: dict[str, Any]) -> int | None:
+    """The config's limit; files write 1e30 for none."""
+    limit = config.get("model_max_length")
+    if limit is None:
+        return None
+    if type(limit) not in (int, float) or not limit >= 2:
+        raise ValueError(f"model_max_length is {short(limit)}, must be a number of at least 2")
+    return int(limit) if limit < 1e9 else None
+
+
+def _vocab(path: Path) -> dict[str, int]:
+    vocab = read_json(path)
+    for piece, id in vocab.items():
+        if type(id) is not int or not 0 <= id < 2**31:
+            raise ValueError(
+                f"vocab.json: the id of {short(piece)} is {short(id)}, must be a number from 0 on"
+            )
+    if len(set(vocab.values())) < len(vocab):
+        raise ValueError(f"vocab.json: {len(vocab)} pieces share {len(set(vocab.values()))} ids")
+    return vocab
+
+
+def _merges(path: Path) -> list[tuple[str, str]]:
+    try:
+        lines = _bytes(path).decode().splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"merges.txt is not UTF-8 text: {error}") from None
+    merges = []
+    for number, line in enumerate(lines, start=1):
+        if line and not (number == 1 and line.startswith("#version")):
+            pair = tuple(line.split(" "))
+            if len(pair) != 2 or not all(pair):
+                raise ValueError(f"merges.txt, line {number} is {short(line)}, must be two pieces")
+            merges.append(pair)
+    if not merges:
+        raise ValueError("merges.txt has no merges")
+    return merges
+
+
+def _sentencepiece(path: Path) -> SentencePieceProcessor:
+    model = SentencePieceProcessor()
+    try:
+        model.LoadFromSerializedProto(_bytes(path))
+    except RuntimeError:
+        raise ValueError(f"{path.name} is not a SentencePiece model") from None
+    return model
+
+
+def _special_tokens(model: SentencePieceProcessor, config: dict[str, Any]) -> dict[str, int]:
+    """Special tokens of a SentencePiece tokenizer, token -> id: the named and the added ones."""
+    size = model.get_piece_size()
+    added = _added_tokens(config)
+    special = {name: id for id, name, about in added if about.get("special") or id >= size}
+    for key in NAMES:
+        name = config.get(key)
+        if name is None or name in special:
+            continue
+        special[name] = model.piece_to_id(name)  # that of <unk> if there is no such piece
+        if model.id_to_piece(special[name]) != name:
+            raise ValueError(f"the model has no piece for {key} {short(name)}")
+    return special
+
+
+def _bytes(path: Path) -> bytes:
+    size = file_size(path)
+    if size > MAX_BYTES:
+        raise ValueError(f"{path.name} has {size} bytes, must have at most {MAX_BYTES}")
+    return path.read_bytes()
