@@ -236,6 +236,22 @@ def test_moving_moves_every_part(pipe):
             moved.to(device)
 
 
+def test_a_move_that_fails_is_undone(pipe, monkeypatch):
+    moves, move = [], torch.nn.Module.to
+
+    def failing(self, where):
+        moves.append(where)
+        if len(moves) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return move(self, torch.device("cpu"))
+
+    monkeypatch.setattr(torch.nn.Module, "to", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        pipe.to("cpu:0")
+    parts = sum(isinstance(part, torch.nn.Module) for part in vars(pipe).values())
+    assert moves[2:] == [torch.device("cpu")] * parts and pipe.device == torch.device("cpu")
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -251,7 +267,10 @@ def test_bad_arguments_of_load_are_named(options, sentence):
         minidit.load(GOLDENS / "pipe_sd3", **options)
     assert sentence in str(error.value)
     with pytest.raises(ValueError, match="family is 'sdxl', must be 'sd3' or 'lumina'"):
-        minidit.Pipeline("sdxl", None, None, None, None, None)
+        minidit.Pipeline(
+            family="sdxl", transformer=None, vae=None, scheduler=None, text_encoder=None,
+            tokenizer=None,
+        )  # fmt: skip
 
 
 def test_a_result_that_is_not_finite_is_no_picture(pipe):
