@@ -162,6 +162,24 @@ def test_a_refusal_is_a_sentence_and_a_bug_keeps_its_traceback(capsys):
             cli.run(main)
 
 
+def test_what_is_said_is_one_line_without_what_a_terminal_obeys(capsys, monkeypatch):
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    name = "a\n\x1b[2Jb\udcff" + "c" * 5_000_000
+    _, words = ending(raising(OSError(name)), capsys)
+    assert words.startswith(r"error: a\n\x1b[2Jb\udcffccc") and len(words) < 1100
+    cli.run(lambda: (warnings.warn(name, stacklevel=2), print(f"wrote {name[:8]}")))
+    out, words = capsys.readouterr()
+    assert words.startswith(r"warning: a\n\x1b[2Jb\udcffccc") and len(words) < 1100
+    assert out == "wrote a\n\x1b[2Jb\\udcff\n"
+
+
+def test_compile_compiles_the_transformer(run, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self)))
+    run("sample", *TINY, "--steps", "1", "--ras", "off", "--compile")
+    assert compiled == [minidit.MMDiT]
+
+
 def test_too_little_memory_is_a_sentence(capsys):
     for main in (
         raising(MemoryError()),
