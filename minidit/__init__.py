@@ -74,7 +74,7 @@ def load(
     vae = parts["vae"]
     if dtype == torch.float16 and vae.config.force_upcast:
         vae.float()  # its activations leave the range of float16
-    return Pipeline(family, **parts, device=device, offload=offload)
+    return Pipeline(family=family, **parts, device=device, offload=offload)
 
 
 def load_component(

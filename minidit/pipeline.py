@@ -46,7 +46,7 @@ class Output:
     seed: int | None = None
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Pipeline:
     """A whole model. Parts that its family does not have are None; SD3's T5 may be left out.
 
@@ -120,8 +120,7 @@ class Pipeline:
         checks.choice("solver", solver, SOLVERS)
         checks.choice("output", output, OUTPUTS)
         checks.flag("progress", progress)
-        if callback is not None and not callable(callback):
-            raise ValueError(f"callback is {checks.short(callback)}, must be a function or None")
+        checks.function("callback", callback)
         if self.device.type == "meta":
             raise ValueError("this model is on the meta device, which has no data: load it on cpu")
         num_images = checks.integer("num_images", num_images, 1, checks.MOST_PICTURES)
@@ -161,11 +160,16 @@ class Pipeline:
 
     def to(self, device: str | torch.device) -> Pipeline:
         """Move to a device, where the next call runs; ValueError where it is not available."""
-        device = checks.device(device)
+        device, parts = checks.device(device), []
         if not self.offload:
-            for part in vars(self).values():
-                if isinstance(part, nn.Module):
-                    part.to(device)
+            parts = [part for part in vars(self).values() if isinstance(part, nn.Module)]
+        try:
+            for part in parts:
+                part.to(device)
+        except BaseException:  # too little memory there, or Ctrl-C: all or nothing
+            for part in parts:
+                part.to(self.device)
+            raise
         self.device = device
         return self
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from functools import cache
@@ -15,7 +16,7 @@ from conftest import GOLDENS, conditioning, noise, tiny_model
 from safetensors.torch import load_file
 
 import minidit
-from minidit.flow import Guidance, denoise
+from minidit.flow import Guidance, denoise, flow_sigmas
 from minidit.pipeline import draw_noise, to_image
 from ras import RASConfig
 from ras.tokens import patchify
@@ -236,6 +237,22 @@ def test_moving_moves_every_part(pipe):
             moved.to(device)
 
 
+def test_a_move_that_fails_is_undone(pipe, monkeypatch):
+    moves, move = [], torch.nn.Module.to
+
+    def failing(self, where):
+        moves.append(where)
+        if len(moves) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return move(self, torch.device("cpu"))
+
+    monkeypatch.setattr(torch.nn.Module, "to", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        pipe.to("cpu:0")
+    parts = sum(isinstance(part, torch.nn.Module) for part in vars(pipe).values())
+    assert moves[2:] == [torch.device("cpu")] * parts and pipe.device == torch.device("cpu")
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -251,7 +268,10 @@ def test_bad_arguments_of_load_are_named(options, sentence):
         minidit.load(GOLDENS / "pipe_sd3", **options)
     assert sentence in str(error.value)
     with pytest.raises(ValueError, match="family is 'sdxl', must be 'sd3' or 'lumina'"):
-        minidit.Pipeline("sdxl", None, None, None, None, None)
+        minidit.Pipeline(
+            family="sdxl", transformer=None, vae=None, scheduler=None, text_encoder=None,
+            tokenizer=None,
+        )  # fmt: skip
 
 
 def test_a_result_that_is_not_finite_is_no_picture(pipe):
@@ -315,6 +335,20 @@ def test_what_is_cut_off_is_quoted(pipe):
     with pytest.warns(UserWarning) as seen:
         draw(pipe, "a cat " * 300 + "and a lighthouse", seed=0)
     assert any(re.search("lighthouse.* is cut off", str(one.message)) for one in seen)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sd3.5-medium", "lumina"])
+def test_networks_compile_without_a_graph_break(kind):
+    """Dense, dense with a cache, regional, and one more where a size is found to vary."""
+    model, graphs = copy.deepcopy(tiny_model(kind)), []
+    arguments = (noise(1, 8, 6), flow_sigmas(8, 3.0), conditioning(kind, 1), conditioning(kind, 1))
+    plain, trace = denoise(model, *arguments, 3.0, ras=RASConfig())
+    torch._dynamo.reset()
+    model.compile(fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    compiled, _ = denoise(model, *arguments, 3.0, ras=RASConfig())
+    assert torch.allclose(compiled, plain, atol=1e-5) and 3 <= len(graphs) <= 5
+    assert {step.regional for step in trace.steps} == {True, False}
 
 
 @pytest.mark.parametrize(("skip_start", "passes"), [(0.0, 4), (0.3, 3)])
