@@ -6,7 +6,11 @@ Sources: the official files' tensor lists, Black Forest Labs' and diffusers' mod
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from minidit.flux import FluxConfig
+from minidit.vae import VAEConfig
+from weights import sd3
 from weights.files import Tensors, count, shape_of
 from weights.keymap import Rows, Swap, Table
 
@@ -99,3 +103,9 @@ def flux_part(stored: Tensors) -> tuple[str, str, FluxConfig]:
         axes_dims_rope=(first, (head - first) // 2, (head - first) // 2),
     )
     return "flux", "original", config
+
+
+def vae_part(stored: Tensors) -> tuple[str, str, VAEConfig]:
+    """The autoencoder, whose single file has SD3's names without their prefix."""
+    kind, layout, config = sd3.vae_part(stored)
+    return kind, layout, replace(config, scaling_factor=0.3611, shift_factor=0.1159)
