@@ -73,6 +73,7 @@ LUMINA = {
 CLASS = {
     "mmdit": {"_class_name": "SD3Transformer2DModel"},
     "nextdit": {"_class_name": "LuminaNextDiT2DModel"},
+    "flux": {"_class_name": "FluxTransformer2DModel"},
     "vae": {"_class_name": "AutoencoderKL"},
     "clip": {"architectures": ["CLIPTextModelWithProjection"], "model_type": "clip_text_model"},
     "t5": {"architectures": ["T5EncoderModel"], "model_type": "t5"},
