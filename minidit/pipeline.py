@@ -133,7 +133,8 @@ class Pipeline:
             ras.plan(len(levels) - 1, tokens)  # refuses now, before texts are encoded
         if how.scale == 1:
             if any(negatives):
-                warnings.warn("negative_prompt is ignored: guidance is 1, off", stacklevel=3)
+                name = "true_guidance" if self.family == "flux" else "guidance"
+                warnings.warn(f"negative_prompt is ignored: {name} is 1, off", stacklevel=3)
             negatives = []
 
         batch = family.encode(self, prompts, negatives, **for_encode)
@@ -248,9 +249,13 @@ class Pipeline:
                 steps = self.scheduler.steps(solver)
             steps = checks.integer("steps", steps, 1, checks.MOST_STEPS)
             return self.scheduler.sigmas(steps, solver, tokens)
-        if steps is not None:
-            raise ValueError("steps and sigmas are given, must be one of them")
-        return self.scheduler.shifted(own_levels(sigmas), tokens)
+        levels = own_levels(sigmas)
+        if steps is not None and steps != len(levels) - 1:
+            raise ValueError(
+                f"steps is {checks.short(steps)}, but sigmas are {len(levels) - 1} steps: "
+                "leave one out"
+            )
+        return self.scheduler.shifted(levels, tokens)
 
     def _decode(self, latents: Tensor, output: str) -> list[Image.Image] | np.ndarray:
         """Pictures one after the other, so that memory is that of one."""

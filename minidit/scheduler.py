@@ -93,17 +93,13 @@ class SchedulerConfig:
 
     def shifted(self, levels: Tensor, tokens: int) -> Tensor:
         """Noise levels of a caller's own, moved towards the noise as this scheduler's are."""
-        return shifted(levels, self.shift_at(tokens))
+        return shifted(levels, self.shift_at(tokens)).clamp(max=1)  # rounding goes beyond it
 
 
 def even_sigmas(steps: int, shift: float) -> Tensor:
     """Evenly spaced noise levels, then shifted, (steps + 1,) float32 from 1 down to 0 (flux
     sampling.py, get_schedule). Raises ValueError for steps < 1 or shift <= 0."""
     return spaced_sigmas(steps, shift, ends=1.0)
-
-    def shifted(self, sigmas: Tensor, tokens: int) -> Tensor:
-        """Noise levels of one's own, moved towards 1 for a run over `tokens` image tokens."""
-        return shifted(sigmas, self.shift)
 
 
 def spaced_sigmas(steps: int, shift: float, ends: float = ENDS) -> Tensor:

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from weight_files import CLASS, Tensors, manifests, random_tensors, same_bits, write_header
 
 from minidit.flux import FluxConfig
-from weights.load import load_component, load_module
-from weights.model import read_parts
+from weights.flux import FAMILY
+from weights.load import load_component, read_parts
 
 FLUX = FluxConfig(
     in_channels=64, num_layers=2, num_single_layers=2, num_attention_heads=2,
@@ -78,7 +78,7 @@ def test_both_layouts_of_the_transformer_give_the_same(tmp_path: Path) -> None:
     save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
     config = {**CLASS["flux"], **vars(FLUX)}
     (folder / "config.json").write_text(json.dumps(config))
-    single = load_module(read_parts(tmp_path / "flux1-dev.safetensors")[1]["transformer"])
+    single = load_component(tmp_path / "flux1-dev.safetensors", "transformer")
     diffusers = load_component(tmp_path, "transformer")
     assert single.config == diffusers.config == FLUX
     assert same_bits(single, diffusers)
@@ -88,13 +88,13 @@ def test_sizes_read_from_official_shapes(tmp_path: Path) -> None:
     for name in ("dev", "schnell"):
         file = f"flux1-{name}.safetensors"
         write_header(tmp_path / file, manifests()[f"bfl_flux1_{name}"]["files"][file])
-        part = read_parts(tmp_path / file)[1]["transformer"]
+        (part,) = read_parts(tmp_path / file)
         assert part.config == FluxConfig(guidance_embeds=name == "dev")
     write_header(
         tmp_path / "ae.safetensors", manifests()["bfl_flux1_ae"]["files"]["ae.safetensors"]
     )
     official = manifests()["diffusers_flux1_vae"]["config"]
-    read = vars(read_parts(tmp_path / "ae.safetensors")[1]["vae"].config)
+    read = vars(read_parts(tmp_path / "ae.safetensors")[0].config) | FAMILY.latents
     for key in official.keys() & read.keys():
         value = tuple(official[key]) if isinstance(official[key], list) else official[key]
         assert read[key] == value, key

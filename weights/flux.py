@@ -1,97 +1,85 @@
-"""Key maps of FLUX.1's transformer; its VAE, CLIP and T5 have the names of SD3's (sd3.py).
+"""FLUX.1, dev and schnell: the transformer's key map, and what a model of the family consists of.
 
-The left side is our module, the right side the file (see keymap.py for how to read a table).
 Sources: the official files' tensor lists, Black Forest Labs' and diffusers' modules, which agree.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from minidit.flux import FluxConfig
-from minidit.vae import VAEConfig
-from weights import sd3
-from weights.files import Tensors, count, shape_of
-from weights.keymap import Rows, Swap, Table
+from minidit.flux import Flux, FluxConfig
+from minidit.scheduler import SchedulerConfig
+from weights.files import T5_FILES, Tensors, count, shape_of
+from weights.keymap import Family, Network, Rows, Swap, Table, qkv
 
 
-def flux_diffusers(config: FluxConfig, stored: Tensors | None = None) -> Table:
-    """FLUX.1 in the diffusers layout, which keeps q, k and v apart and has the head's modulation as
-    scale, shift; all others are as in Black Forest Labs' layout."""
-    double, single = "transformer_blocks.*.", "single_transformer_blocks.*."
+def flux(config: FluxConfig, stored: Tensors | None = None) -> Table:
+    """The transformer: the diffusers layout, and that of Black Forest Labs.
+
+    diffusers keeps q, k, v and the MLP of the single blocks apart, and the head's modulation as
+    scale, shift; all other modulations are alike in both.
+    """
+    embed, block = "time_text_embed.", "transformer_blocks.*."
+    one, single = "single_transformer_blocks.*.", "single_blocks.*."
+    image, text = "double_blocks.*.img_", "double_blocks.*.txt_"
+    linear1, C = single + "linear1", config.width  # q, k, v and MLP, 7C rows
     return {
-        "patch_embed": "x_embedder",
-        "context_embed": "context_embedder",
-        "time_embed.fc1": "time_text_embed.timestep_embedder.linear_1",
-        "time_embed.fc2": "time_text_embed.timestep_embedder.linear_2",
-        "guidance_embed.fc1": "time_text_embed.guidance_embedder.linear_1",
-        "guidance_embed.fc2": "time_text_embed.guidance_embedder.linear_2",
-        "pooled_embed.fc1": "time_text_embed.text_embedder.linear_1",
-        "pooled_embed.fc2": "time_text_embed.text_embedder.linear_2",
-        "double_blocks.*.image.modulation": double + "norm1.linear",
-        "double_blocks.*.image.attn.qkv": tuple(double + f"attn.to_{x}" for x in "qkv"),
-        "double_blocks.*.image.attn.q_norm": double + "attn.norm_q",
-        "double_blocks.*.image.attn.k_norm": double + "attn.norm_k",
-        "double_blocks.*.image.attn.out": double + "attn.to_out.0",
-        "double_blocks.*.image.mlp.fc1": double + "ff.net.0.proj",
-        "double_blocks.*.image.mlp.fc2": double + "ff.net.2",
-        "double_blocks.*.context.modulation": double + "norm1_context.linear",
-        "double_blocks.*.context.attn.qkv": tuple(double + f"attn.add_{x}_proj" for x in "qkv"),
-        "double_blocks.*.context.attn.q_norm": double + "attn.norm_added_q",
-        "double_blocks.*.context.attn.k_norm": double + "attn.norm_added_k",
-        "double_blocks.*.context.attn.out": double + "attn.to_add_out",
-        "double_blocks.*.context.mlp.fc1": double + "ff_context.net.0.proj",
-        "double_blocks.*.context.mlp.fc2": double + "ff_context.net.2",
-        "single_blocks.*.modulation": single + "norm.linear",
-        "single_blocks.*.attn.qkv": tuple(single + f"attn.to_{x}" for x in "qkv"),
-        "single_blocks.*.attn.q_norm": single + "attn.norm_q",
-        "single_blocks.*.attn.k_norm": single + "attn.norm_k",
-        "single_blocks.*.mlp": single + "proj_mlp",
-        "single_blocks.*.out": single + "proj_out",
-        "final.modulation": Swap("norm_out.linear"),
-        "final.linear": "proj_out",
+        "patch_embed": ("x_embedder", "img_in"),
+        "context_embed": ("context_embedder", "txt_in"),
+        "time_embed.fc1": (embed + "timestep_embedder.linear_1", "time_in.in_layer"),
+        "time_embed.fc2": (embed + "timestep_embedder.linear_2", "time_in.out_layer"),
+        "guidance_embed.fc1": (embed + "guidance_embedder.linear_1", "guidance_in.in_layer"),
+        "guidance_embed.fc2": (embed + "guidance_embedder.linear_2", "guidance_in.out_layer"),
+        "pooled_embed.fc1": (embed + "text_embedder.linear_1", "vector_in.in_layer"),
+        "pooled_embed.fc2": (embed + "text_embedder.linear_2", "vector_in.out_layer"),
+        "double_blocks.*.image.modulation": (block + "norm1.linear", image + "mod.lin"),
+        "double_blocks.*.image.attn.qkv": (qkv(block + "attn.to_?"), image + "attn.qkv"),
+        "double_blocks.*.image.attn.q_norm.weight": (
+            block + "attn.norm_q.weight",
+            image + "attn.norm.query_norm.scale",
+        ),
+        "double_blocks.*.image.attn.k_norm.weight": (
+            block + "attn.norm_k.weight",
+            image + "attn.norm.key_norm.scale",
+        ),
+        "double_blocks.*.image.attn.out": (block + "attn.to_out.0", image + "attn.proj"),
+        "double_blocks.*.image.mlp.fc1": (block + "ff.net.0.proj", image + "mlp.0"),
+        "double_blocks.*.image.mlp.fc2": (block + "ff.net.2", image + "mlp.2"),
+        "double_blocks.*.context.modulation": (block + "norm1_context.linear", text + "mod.lin"),
+        "double_blocks.*.context.attn.qkv": (qkv(block + "attn.add_?_proj"), text + "attn.qkv"),
+        "double_blocks.*.context.attn.q_norm.weight": (
+            block + "attn.norm_added_q.weight",
+            text + "attn.norm.query_norm.scale",
+        ),
+        "double_blocks.*.context.attn.k_norm.weight": (
+            block + "attn.norm_added_k.weight",
+            text + "attn.norm.key_norm.scale",
+        ),
+        "double_blocks.*.context.attn.out": (block + "attn.to_add_out", text + "attn.proj"),
+        "double_blocks.*.context.mlp.fc1": (block + "ff_context.net.0.proj", text + "mlp.0"),
+        "double_blocks.*.context.mlp.fc2": (block + "ff_context.net.2", text + "mlp.2"),
+        "single_blocks.*.modulation": (one + "norm.linear", single + "modulation.lin"),
+        "single_blocks.*.attn.qkv": (qkv(one + "attn.to_?"), Rows(linear1, 0, 3 * C, 7 * C)),
+        "single_blocks.*.attn.q_norm.weight": (
+            one + "attn.norm_q.weight",
+            single + "norm.query_norm.scale",
+        ),
+        "single_blocks.*.attn.k_norm.weight": (
+            one + "attn.norm_k.weight",
+            single + "norm.key_norm.scale",
+        ),
+        "single_blocks.*.mlp": (one + "proj_mlp", Rows(linear1, 3 * C, 7 * C, 7 * C)),
+        "single_blocks.*.out": (one + "proj_out", single + "linear2"),
+        "final.modulation": (Swap("norm_out.linear"), "final_layer.adaLN_modulation.1"),
+        "final.linear": ("proj_out", "final_layer.linear"),
     }
 
 
-def flux_original(config: FluxConfig, stored: Tensors | None = None) -> Table:
-    """FLUX.1 in Black Forest Labs' layout; linear1 of a single block holds q, k, v and the MLP."""
-    table: Table = {
-        "patch_embed": "img_in",
-        "context_embed": "txt_in",
-        "single_blocks.*.modulation": "single_blocks.*.modulation.lin",
-        "single_blocks.*.attn.qkv": Rows("single_blocks.*.linear1", 0, 3, of=7),
-        "single_blocks.*.mlp": Rows("single_blocks.*.linear1", 3, 7, of=7),
-        "single_blocks.*.attn.q_norm.weight": "single_blocks.*.norm.query_norm.scale",
-        "single_blocks.*.attn.k_norm.weight": "single_blocks.*.norm.key_norm.scale",
-        "single_blocks.*.out": "single_blocks.*.linear2",
-        "final.modulation": "final_layer.adaLN_modulation.1",
-        "final.linear": "final_layer.linear",
-    }
-    for ours, theirs in {"time": "time", "guidance": "guidance", "pooled": "vector"}.items():
-        table |= {f"{ours}_embed.fc1": f"{theirs}_in.in_layer"}
-        table |= {f"{ours}_embed.fc2": f"{theirs}_in.out_layer"}
-    for ours, theirs in {"image": "img", "context": "txt"}.items():
-        stream, block = f"double_blocks.*.{ours}.", f"double_blocks.*.{theirs}_"
-        table |= {
-            stream + "modulation": block + "mod.lin",
-            stream + "attn.qkv": block + "attn.qkv",
-            stream + "attn.q_norm.weight": block + "attn.norm.query_norm.scale",
-            stream + "attn.k_norm.weight": block + "attn.norm.key_norm.scale",
-            stream + "attn.out": block + "attn.proj",
-            stream + "mlp.fc1": block + "mlp.0",
-            stream + "mlp.fc2": block + "mlp.2",
-        }
-    return table
-
-
-def flux_part(stored: Tensors) -> tuple[str, str, FluxConfig]:
-    """Sizes in a single file, which has no config: everything shows but the share of each axis in
-    the rotary channels, 1/8 and twice 7/16 in all published models. ValueError if a shape makes no
-    sense."""
+def flux_sizes(stored: Tensors) -> tuple[str, FluxConfig]:
+    """Sizes from shapes: all show but how the axes share the rotary channels of a head, 1/8 and
+    twice 7/16 in all published models."""
     width, channels = shape_of(stored, "img_in.weight", 2)
     head = shape_of(stored, "double_blocks.0.img_attn.norm.query_norm.scale", 1)[0]
     first = head // 16 * 2
-    config = FluxConfig(
+    return "original", FluxConfig(
         in_channels=channels,
         num_layers=count(stored, "double_blocks."),
         num_single_layers=count(stored, "single_blocks."),
@@ -102,10 +90,49 @@ def flux_part(stored: Tensors) -> tuple[str, str, FluxConfig]:
         guidance_embeds="guidance_in.in_layer.weight" in stored,
         axes_dims_rope=(first, (head - first) // 2, (head - first) // 2),
     )
-    return "flux", "original", config
 
 
-def vae_part(stored: Tensors) -> tuple[str, str, VAEConfig]:
-    """The autoencoder, whose single file has SD3's names without their prefix."""
-    kind, layout, config = sd3.vae_part(stored)
-    return kind, layout, replace(config, scaling_factor=0.3611, shift_factor=0.1159)
+def scheduler(config: FluxConfig, name: str) -> SchedulerConfig:
+    """What to sample with where no file says it: dev is told from schnell by its guidance."""
+    if config.guidance_embeds:
+        return SchedulerConfig(
+            shift=3.0, use_dynamic_shifting=True, spacing="even", default_guidance=3.5
+        )
+    return SchedulerConfig(spacing="even", default_steps=4, corrected_steps=4, default_guidance=1.0)
+
+
+NETWORKS = {
+    "flux": Network(
+        Flux,
+        FluxConfig,
+        flux,
+        classes={"FluxTransformer2DModel": "diffusers"},
+        sign="double_blocks.0.img_attn.qkv.weight",
+        sizes=flux_sizes,
+    ),
+}
+FAMILY = Family(
+    title="FLUX.1",
+    pipeline="FluxPipeline",
+    repo="black-forest-labs/FLUX.1-schnell",
+    components={
+        "transformer": "FluxTransformer2DModel",
+        "vae": "AutoencoderKL",
+        "text_encoder": "CLIPTextModel",
+        "text_encoder_2": "T5EncoderModel",
+        "tokenizer": "CLIPTokenizer",
+        "tokenizer_2": "T5TokenizerFast",
+    },
+    widths={
+        "latent_channels": [("vae", "latent_channels")],
+        "joint_attention_dim": [("text_encoder_2", "d_model")],
+        "pooled_projection_dim": [("text_encoder", "hidden_size")],
+    },
+    scheduler=scheduler,
+    beside={
+        "vae": ("ae.safetensors",),
+        "text_encoder": ("clip_l.safetensors",),
+        "text_encoder_2": T5_FILES,
+    },
+    latents={"scaling_factor": 0.3611, "shift_factor": 0.1159},
+)
