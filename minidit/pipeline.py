@@ -100,8 +100,8 @@ class Pipeline:
                         batch; None draws a seed, which the output tells
         generator       draw the noise of the whole batch from it instead, as diffusers does
         latents         noise of one's own (B, C, height / 8, width / 8) instead of both
-        sigmas          falling noise levels in (0, 1] of one's own instead of steps. As in
-                        diffusers they are still to be shifted towards the noise by the model's
+        sigmas          falling noise levels in (0, 1] of one's own, one a step. As in diffusers
+                        they are still to be shifted towards the noise by the model's
                         scheduler, and the 0 at the end is added where it is missing
         ras             a RASConfig or Upstream for Region-Adaptive Sampling, None for dense
         callback        callback(step, sigma, latents, velocity, active) after every step
@@ -244,16 +244,15 @@ class Pipeline:
 
     def _levels(self, steps: Any, sigmas: Any, solver: str, tokens: int) -> Tensor:
         """Noise levels (steps + 1,), from the scheduler or of one's own."""
-        if sigmas is None:
-            if steps is None:
-                steps = self.scheduler.steps(solver)
+        if steps is not None:
             steps = checks.integer("steps", steps, 1, checks.MOST_STEPS)
+        if sigmas is None:
+            steps = self.scheduler.steps(solver) if steps is None else steps
             return self.scheduler.sigmas(steps, solver, tokens)
         levels = own_levels(sigmas)
-        if steps is not None and steps != len(levels) - 1:
+        if steps not in (None, len(levels) - 1):
             raise ValueError(
-                f"steps is {checks.short(steps)}, but sigmas are {len(levels) - 1} steps: "
-                "leave one out"
+                f"steps is {steps}, but sigmas are {len(levels) - 1} steps: leave one out"
             )
         return self.scheduler.shifted(levels, tokens)
 
