@@ -100,8 +100,8 @@ class Pipeline:
                         batch; None draws a seed, which the output tells
         generator       draw the noise of the whole batch from it instead, as diffusers does
         latents         noise of one's own (B, C, height / 8, width / 8) instead of both
-        sigmas          falling noise levels in (0, 1] of one's own instead of steps. As in
-                        diffusers they are still to be shifted towards the noise by the model's
+        sigmas          falling noise levels in (0, 1] of one's own, one a step. As in diffusers
+                        they are still to be shifted towards the noise by the model's
                         scheduler, and the 0 at the end is added where it is missing
         ras             a RASConfig or Upstream for Region-Adaptive Sampling, None for dense
         callback        callback(step, sigma, latents, velocity, active) after every step
@@ -132,7 +132,8 @@ class Pipeline:
             ras.plan(len(levels) - 1, tokens)  # refuses now, before texts are encoded
         if how.scale == 1:
             if any(negatives):
-                warnings.warn("negative_prompt is ignored: guidance is 1, off", stacklevel=3)
+                name = "true_guidance" if self.family == "flux" else "guidance"
+                warnings.warn(f"negative_prompt is ignored: {name} is 1, off", stacklevel=3)
             negatives = []
 
         batch = family.encode(self, prompts, negatives, **for_encode)
@@ -247,14 +248,17 @@ class Pipeline:
 
     def _levels(self, steps: Any, sigmas: Any, solver: str, tokens: int) -> Tensor:
         """Noise levels (steps + 1,), from the scheduler or of one's own."""
-        if sigmas is None:
-            if steps is None:
-                steps = self.scheduler.steps(solver)
-            steps = checks.integer("steps", steps, 1, checks.MOST_STEPS)
-            return self.scheduler.sigmas(steps, solver, tokens)
         if steps is not None:
-            raise ValueError("steps and sigmas are given, must be one of them")
-        return self.scheduler.shifted(own_levels(sigmas), tokens)
+            steps = checks.integer("steps", steps, 1, checks.MOST_STEPS)
+        if sigmas is None:
+            steps = self.scheduler.steps(solver) if steps is None else steps
+            return self.scheduler.sigmas(steps, solver, tokens)
+        levels = own_levels(sigmas)
+        if steps not in (None, len(levels) - 1):
+            raise ValueError(
+                f"steps is {steps}, but sigmas are {len(levels) - 1} steps: leave one out"
+            )
+        return self.scheduler.shifted(levels, tokens)
 
     def _decode(self, latents: Tensor, output: str) -> list[Image.Image] | np.ndarray:
         """Pictures one after the other, so that memory is that of one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -66,6 +67,18 @@ def test_sample_draws_with_a_next_dit(run, tmp_path, capsys):
     )
     assert Image.open(tmp_path / "sample.png").size == (48, 32)
     assert "token-steps (" in capsys.readouterr().out
+
+
+def test_sample_leaves_ras_off_for_a_model_of_few_steps(run, tmp_path, capsys):
+    shutil.copytree(GOLDENS / "pipe_sd3", tmp_path / "turbo")  # SD3.5 turbo goes by its name
+    args = ["sample", "a cat", "--model", "turbo", "--size", "48x32"]
+    run(*args)
+    printed = capsys.readouterr().out
+    assert "RAS is off: turbo draws in 4 steps" in printed and "cost: 100 %" in printed
+    for more in (["--ras", "0.5"], ["--steps", "12"], ["--ras-preset", "paper", "--steps", "6"]):
+        run(*args, *more)
+        printed = capsys.readouterr().out
+        assert "RAS is off" not in printed and "token-steps (" in printed
 
 
 def test_sample_without_ras_is_dense(run, capsys):
@@ -320,11 +333,11 @@ def test_compare_draws_a_sheet_a_map_and_an_animation(run, tmp_path, monkeypatch
     assert Image.open(tmp_path / "steps.gif").n_frames > 3  # equal frames are merged
 
 
-@pytest.mark.parametrize("family", ["sd3", "sd3.5-medium", "lumina"])
+@pytest.mark.parametrize("family", ["sd3", "sd3.5-medium", "lumina", "flux"])
 def test_benchmark_prints_shares_of_time_and_flops(run, capsys, monkeypatch, family):
     benchmark = importlib.import_module("benchmark")
     small = {"num_layers": 1, "num_attention_heads": 4}
-    sizes = {"hidden_size": 96} if family == "lumina" else {"caption_projection_dim": 256}
+    sizes = {"lumina": {"hidden_size": 96}, "flux": {}}.get(family, {"caption_projection_dim": 256})
     config = benchmark.VARIANTS[family]
     tiny = type(config)(**(vars(config) | small | sizes | {
         k: v for k, v in (("num_kv_heads", 2), ("dual_attention_layers", ())) if hasattr(config, k)
