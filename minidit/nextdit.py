@@ -35,7 +35,10 @@ from ras.tokens import flat_rows, patchify, put_, take, unpatchify
 
 @dataclass(frozen=True)
 class NextDiTConfig:
-    """Sizes of a Next-DiT; the fields carry the names of the official transformer/config.json."""
+    """Sizes of a Next-DiT; the fields carry the names of the official transformer/config.json.
+
+    two_queries is ours: whether the text has a query of its own, as it has in no published model.
+    """
 
     sample_size: int = 128
     patch_size: int = 2
@@ -50,6 +53,7 @@ class NextDiTConfig:
     learn_sigma: bool = True
     qk_norm: bool = True
     cross_attention_dim: int = 2048
+    two_queries: bool = False
 
     @property
     def head_dim(self) -> int:
@@ -282,6 +286,9 @@ class Attention(nn.Module):
         self.q, self.q_norm = nn.Linear(C, C, bias=False), norm(C)
         self.k, self.k_norm = nn.Linear(C, kv, bias=False), norm(kv)
         self.v = nn.Linear(C, kv, bias=False)
+        self.two_queries = config.two_queries
+        if self.two_queries:
+            self.context_q, self.context_q_norm = nn.Linear(C, C, bias=False), norm(C)
         self.context_k, self.context_k_norm = nn.Linear(text, kv, bias=False), norm(kv)
         self.context_v = nn.Linear(text, kv, bias=False)
         self.gate = nn.Parameter(torch.zeros(config.num_attention_heads))
@@ -305,6 +312,8 @@ class Attention(nn.Module):
             k, v = cache.write(self.index, k, v, rows)  # (B, N, G, D)
         image_out = attention(q, k, v, scale=scale)  # (B, K, C)
 
+        if self.two_queries:
+            q = rotate(self._heads(self.context_q_norm(self.context_q(x))), rope)  # (B, K, H, D)
         k = self._heads(self.context_k_norm(self.context_k(text)))  # (B, L, G, D)
         v = self._heads(self.context_v(text))  # (B, L, G, D)
         # with a mask, grouped heads get only the slow kernel on GPUs; the text is short

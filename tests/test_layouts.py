@@ -199,17 +199,23 @@ def test_lumina_original_folder_prefers_averaged_weights(tmp_path: Path) -> None
     assert open_model(tmp_path).where == path
 
 
-def test_second_query_of_a_layer_must_equal_the_first(tmp_path: Path) -> None:
+def test_second_query_of_a_layer_is_kept_where_it_differs(tmp_path: Path) -> None:
     tensors = lumina_tensors()["transformer"]
     folder = tmp_path / "transformer"
     write_component(folder, "transformer", "nextdit", NEXTDIT, tensors)
-    loaded = load_component(tmp_path, "transformer")
-    query = tensors["layers.1.attn2.to_q.weight"]
-    assert torch.equal(loaded.blocks[1].attn.q.weight, query.float())
+    one = load_component(tmp_path, "transformer")
+    assert torch.equal(one.blocks[1].attn.q.weight, tensors["layers.1.attn1.to_q.weight"].float())
+    assert not one.config.two_queries
     tensors["layers.1.attn2.norm_q.bias"][3] += 1
     save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(ValueError, match="norm_q.bias and .*norm_q.bias, which must be the same"):
-        load_component(tmp_path, "transformer")
+    two = load_component(tmp_path, "transformer")
+    for layer, block in enumerate(two.blocks):
+        bias = tensors[f"layers.{layer}.attn2.norm_q.bias"].float()
+        assert torch.equal(block.attn.context_q_norm.bias, bias)
+    assert not load_component(tmp_path, "transformer", "meta").config.two_queries  # reads no data
+    convert(open_model(tmp_path), tmp_path / "out")
+    assert same_bits(load_component(tmp_path / "out", "transformer"), two)
+    assert "two_queries" not in (tmp_path / "out" / "transformer" / "config.json").read_text()
 
 
 def test_gemma_with_prefix_and_tied_head(tmp_path: Path) -> None:

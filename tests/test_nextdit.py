@@ -105,6 +105,19 @@ def test_a_prompt_without_text_gives_numbers_that_its_padding_does_not_change():
     assert model(noise(2, 4, 6), 0.6, **cond).equal(velocity)
 
 
+def test_one_query_equals_two_equal_queries():
+    model, cond = tiny_model("lumina"), conditioning("lumina", 2)
+    double = NextDiT(replace(model.config, two_queries=True)).requires_grad_(False)
+    weights = model.state_dict()
+    copies = {name.replace("attn.q", "attn.context_q"): value for name, value in weights.items()}
+    double.load_state_dict(copies | weights)
+    latents = noise(2, 6, 4)
+    assert torch.allclose(double(latents, 0.6, **cond), model(latents, 0.6, **cond), atol=1e-6)
+    double.blocks[0].attn.context_q.weight *= 2
+    double.blocks[0].attn.context_q_norm.bias += 0.5
+    assert not torch.allclose(double(latents, 0.6, **cond), model(latents, 0.6, **cond), atol=1e-3)
+
+
 def test_at_the_trained_size_neither_watershed_nor_proportional_attention_matter():
     model, cond = tiny_model("lumina"), conditioning("lumina", 1)
 

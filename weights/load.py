@@ -81,7 +81,7 @@ def load_parts(
     device, dtype = check_target(device, dtype)
     model = find_model(path, use_t5, extra)
     require(model)
-    built = {name: build(part) for name, part in model.parts.items()}
+    built = {name: build(part, device.type != "meta") for name, part in model.parts.items()}
     loaded: dict[str, Any] = dict.fromkeys(FAMILIES[str(model.family)].optional)
     loaded["scheduler"] = model.scheduler
     for name, folder in model.tokenizers.items():
@@ -134,7 +134,8 @@ def load_module(
 
     Raises ValueError if the files do not fit the network exactly, before any data is read.
     """
-    return fill(*build(part), part, *check_target(device, dtype))
+    device, dtype = check_target(device, dtype)
+    return fill(*build(part, device.type != "meta"), part, device, dtype)
 
 
 def fill(

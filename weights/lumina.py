@@ -7,7 +7,7 @@ from pathlib import Path
 from minidit.nextdit import NextDiT, NextDiTConfig
 from minidit.scheduler import SchedulerConfig
 from weights.files import Stored, Tensors, count, read_namespace, shape_of, short
-from weights.keymap import Family, Network, Same, Table
+from weights.keymap import Family, Network, Same, Source, Table
 
 # Lumina-T2X's files, best first; the averaged weights are what its own script samples with
 FILES = tuple(
@@ -23,6 +23,10 @@ def nextdit(config: NextDiTConfig, stored: Tensors | None = None) -> Table:
     """
     layer = "layers.*."
     attn, attn1, attn2 = layer + "attention.", layer + "attn1.", layer + "attn2."
+
+    def query(name: str) -> Source:
+        return attn1 + name if config.two_queries else Same(attn1 + name, attn2 + name)
+
     return {
         "patch_embed": ("patch_embedder.proj", "x_embedder"),
         "pad_token": "pad_token",
@@ -36,11 +40,13 @@ def nextdit(config: NextDiTConfig, stored: Tensors | None = None) -> Table:
         "blocks.*.ffn_norm1": layer + "ffn_norm1",
         "blocks.*.ffn_norm2": layer + "ffn_norm2",
         "blocks.*.context_norm": (layer + "norm1_context", layer + "attention_y_norm"),
-        "blocks.*.attn.q": (Same(attn1 + "to_q", attn2 + "to_q"), attn + "wq"),
+        "blocks.*.attn.q": (query("to_q"), attn + "wq"),
         "blocks.*.attn.k": (attn1 + "to_k", attn + "wk"),
         "blocks.*.attn.v": (attn1 + "to_v", attn + "wv"),
-        "blocks.*.attn.q_norm": (Same(attn1 + "norm_q", attn2 + "norm_q"), attn + "q_norm"),
+        "blocks.*.attn.q_norm": (query("norm_q"), attn + "q_norm"),
         "blocks.*.attn.k_norm": (attn1 + "norm_k", attn + "k_norm"),
+        "blocks.*.attn.context_q": attn2 + "to_q",
+        "blocks.*.attn.context_q_norm": attn2 + "norm_q",
         "blocks.*.attn.context_k": (attn2 + "to_k", attn + "wk_y"),
         "blocks.*.attn.context_v": (attn2 + "to_v", attn + "wv_y"),
         "blocks.*.attn.context_k_norm": (attn2 + "norm_k", attn + "ky_norm"),

@@ -15,7 +15,6 @@ from minidit.scheduler import SchedulerConfig
 from weights import common, flux, lumina, sd3
 from weights.config import config_from
 from weights.files import (
-    Stored,
     Tensors,
     find_tensors,
     plain,
@@ -133,9 +132,10 @@ def sized_part(stored: Tensors, where: str) -> Part:
     raise ValueError(f"{where} is in no layout known here: its tensors are called {names}, ...")
 
 
-def build(part: Part) -> tuple[nn.Module, dict[str, Recipe]]:
+def build(part: Part, compare: bool = False) -> tuple[nn.Module, dict[str, Recipe]]:
     """The network on the meta device, and what to read into it: checked against the headers.
 
+    compare  look into the data whether tensors that should be copies of others are
     Raises ValueError if the files do not fit the network exactly.
     """
     network = NETWORKS[part.kind]
@@ -154,6 +154,14 @@ def build(part: Part) -> tuple[nn.Module, dict[str, Recipe]]:
         raise ValueError(f"{part.where}: its sizes make no {name}: {reason}") from None
     plan = plan_of(part.kind, part.layout, module, part.stored)
     _check(plan, part.stored, network.ignore, f"{part.where} does not fit {name}")
+    for recipe in plan.values():
+        if compare and not _copied(recipe, part.stored):
+            if part.kind == "nextdit":
+                return build(part._replace(config=replace(part.config, two_queries=True)))
+            raise ValueError(
+                f"{part.where} holds {' and '.join(recipe.names)}, which must be the same and are "
+                "not"
+            )
     return module, plan
 
 
@@ -202,21 +210,13 @@ def _check(plan: Mapping[str, Recipe], stored: Tensors, ignore: tuple[str, ...],
 
 
 def read_into(out: Tensor, recipe: Recipe, stored: Tensors) -> None:
-    """Fill a tensor of ours from the files, a few megabytes at a time, in its own dtype.
-
-    Raises ValueError where two tensors that must be the same are not.
-    """
+    """Fill a tensor of ours from the files, a few megabytes at a time, in its own dtype."""
     if not recipe.pieces:
         out.copy_(torch.eye(*out.shape, dtype=out.dtype))
     at = 0
     for name, start, stop in recipe.pieces:
         for first, last in row_chunks(stored[name], start, stop):
             rows = read_rows(stored[name], first, last)
-            if recipe.copy and not _same(rows, stored[recipe.copy], first, last):
-                raise ValueError(
-                    f"{stored[name].file} holds {name} and {recipe.copy}, which must be the same "
-                    "and are not"
-                )
             if not out.is_cpu:  # convert here: not every device knows every stored type
                 rows = rows.to(out.dtype)
             target = out[at : at + last - first]
@@ -224,7 +224,11 @@ def read_into(out: Tensor, recipe: Recipe, stored: Tensors) -> None:
             at += last - first
 
 
-def _same(rows: Tensor, copy: Stored, first: int, last: int) -> bool:
-    """Whether a stored tensor holds the same numbers as these rows of another."""
-    other = read_rows(copy, first, last)
-    return torch.allclose(rows.float(), other.float(), rtol=0, atol=0, equal_nan=True)
+def _copied(recipe: Recipe, stored: Tensors) -> bool:
+    """Whether the file holds the same numbers in the copy of a tensor, if there is one."""
+    for name, start, stop in recipe.pieces if recipe.copy else ():
+        for rows in row_chunks(stored[name], start, stop):
+            one, other = (read_rows(stored[n], *rows).float() for n in (name, recipe.copy))
+            if not torch.allclose(one, other, rtol=0, atol=0, equal_nan=True):
+                return False
+    return True

@@ -174,7 +174,7 @@ def from_module(
 def from_part(part: Part, cls: str | None = None) -> Output:
     """A network in files, to be written as a class of the official libraries."""
     cls = cls or next(iter(NETWORKS[part.kind].classes))
-    module, plan = build(part)
+    module, plan = build(part, compare=True)
     fallback = next(iter(part.stored.values())).dtype  # for what is in no file: CLIP's identity
     dtypes = {}
     for name, recipe in plan.items():
@@ -189,7 +189,7 @@ def from_part(part: Part, cls: str | None = None) -> Output:
         read_into(value, plan[name], part.stored)
         return value
 
-    config = _config(part.kind, part.config, cls, part.given)
+    config = _config(part.kind, module.config, cls, part.given)
     return Output(config, plan_of(part.kind, CLASSES[cls][1], module), dtypes, read)
 
 
@@ -233,6 +233,7 @@ def _config(kind: str, config: Any, cls: str, given: Mapping[str, Any]) -> dict[
             levels = len(config.block_out_channels)
             values["down_block_types"] = ["DownEncoderBlock2D"] * levels
             values["up_block_types"] = ["UpDecoderBlock2D"] * levels
+    values.pop("two_queries", None)  # the tensors tell
     if kind == "clip":
         values["projection_dim"] = config.projection_dim
     named = {"architectures": [cls]} if "model_type" in extras else {"_class_name": cls}
