@@ -19,6 +19,7 @@ from minidit.clip import CLIPTextEncoder
 from minidit.flow import denoise, flow_sigmas
 from minidit.flux import Flux, FluxConfig
 from minidit.gemma import GemmaEncoder
+from minidit.lumina2 import Lumina2, Lumina2Config
 from minidit.mmdit import MMDiT, MMDiTConfig
 from minidit.nextdit import NextDiT, NextDiTConfig
 from minidit.pipeline import Output, Pipeline
@@ -32,6 +33,8 @@ __all__ = [
     "Flux",
     "FluxConfig",
     "GemmaEncoder",
+    "Lumina2",
+    "Lumina2Config",
     "MMDiT",
     "MMDiTConfig",
     "NextDiT",
