@@ -197,12 +197,16 @@ class Lumina2(nn.Module):
             x = put_(x.new_zeros(len(x), N, x.shape[2]), rows, x)  # (B, N, P*P*in_channels)
         return -unpatchify(x, height, width, P)  # (B, in_channels, height, width)
 
-    def prepare(self, context: Tensor, context_mask: Tensor) -> dict[str, Any]:
+    def prepare(
+        self, context: Tensor, context_mask: Tensor, refined: bool = False
+    ) -> dict[str, Any]:
         """The same conditioning after the context refiners, whose work no step can change.
 
         context (B, L, cap_feat_dim), context_mask (B, L) -> arguments for `forward` in place of
-        these two; `denoise` does it before its first step.
+        these; `denoise` does it before its first step. Refined ones are left as they are.
         """
+        if refined:
+            return {"context": context, "context_mask": context_mask, "refined": True}
         check_text(context, context_mask, len(context), self.config.cap_feat_dim)
         mask = context_mask.bool()
         x = context.to(self.patch_embed.weight.dtype)

@@ -23,7 +23,13 @@ from ras.tokens import patchify
 
 RUNS = [
     (case, run)
-    for case in ("pipe_sd3", "pipe_sd35_medium_no_t5", "pipe_sd35_slg", "pipe_lumina")
+    for case in (
+        "pipe_sd3",
+        "pipe_sd35_medium_no_t5",
+        "pipe_sd35_slg",
+        "pipe_lumina",
+        "pipe_lumina2",
+    )
     for run in json.loads((GOLDENS / case / "info.json").read_text())["runs"]
 ]
 PIPES = ("pipe_sd3", "pipe_lumina", "pipe_flux_dev")
@@ -53,7 +59,7 @@ def test_golden(case, run):
     }
     call = {OURS.get(name, name): value for name, value in info["runs"][run]["call"].items()}
     steps = call.pop("steps") if "sigmas" in call else call["steps"]
-    if case != "pipe_lumina":
+    if "t5" in info["runs"][run] and case != "pipe_lumina":
         call["use_t5"] = info["runs"][run]["t5"]
     after, levels = [], []
 
