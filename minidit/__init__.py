@@ -1,4 +1,5 @@
-"""Stable Diffusion 3 / 3.5, FLUX.1 and Lumina-Next in pure PyTorch, with Region-Adaptive Sampling.
+"""Stable Diffusion 3 / 3.5, FLUX.1, Lumina-Next and Lumina-Image 2.0 in pure PyTorch, with
+Region-Adaptive Sampling.
 
 import minidit, ras
 pipe = minidit.load("mini-lumina")

@@ -201,8 +201,8 @@ def encode_lumina2(
     """
     most = pipe.transformer.config.axes_lens[0] - 1  # the image stands behind the text
     length = checks.integer("max_sequence_length", max_sequence_length, 2, most)
-    checks.texts("system_prompt", system_prompt, 1)
-    texts = negatives + [f"{system_prompt} <Prompt Start> {prompt}" for prompt in prompts]
+    (start,) = checks.texts("system_prompt", system_prompt, 1)
+    texts = negatives + [f"{start} <Prompt Start> {prompt}" for prompt in prompts]
     ids, mask = pipe.tokenizer(texts, length, 8)  # (n, L)
     context = pipe.run(pipe.text_encoder, ids, mask)
     return {"context": context, "context_mask": mask.to(context.device)}
