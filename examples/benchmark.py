@@ -20,7 +20,7 @@ from statistics import median
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from minidit import MMDiT, MMDiTConfig, NextDiT, NextDiTConfig
+from minidit import Flux, FluxConfig, MMDiT, MMDiTConfig, NextDiT, NextDiTConfig
 from ras import KVCache
 
 VARIANTS = {  # the official configs
@@ -32,8 +32,10 @@ VARIANTS = {  # the official configs
         num_layers=38, num_attention_heads=38, caption_projection_dim=2432, qk_norm="rms_norm"
     ),
     "lumina": NextDiTConfig(),
+    "flux": FluxConfig(guidance_embeds=True),
 }
-TEXT_TOKENS = {"sd3": 333, "sd3.5-medium": 333, "sd3.5-large": 333, "lumina": 32}
+NETWORKS = {MMDiTConfig: MMDiT, NextDiTConfig: NextDiT, FluxConfig: Flux}
+TEXT_TOKENS = {"sd3": 333, "sd3.5-medium": 333, "sd3.5-large": 333, "lumina": 32, "flux": 512}
 
 
 def main() -> None:
@@ -74,7 +76,7 @@ def parse_args() -> argparse.Namespace:
     add("--family", choices=VARIANTS, default="sd3")
     add("--layers", type=int, default=2)
     add("--size", type=int, default=1024, help="pixels a side")
-    add("--batch", type=int, default=2, help="2 is one picture with guidance")
+    add("--batch", type=int, default=2, help="2 is one picture with guidance (flux: 1)")
     add("--ratios", type=float, nargs="+", default=[0.75, 0.5, 0.25, 0.125])
     add("--repeats", type=int, default=5)
     cli.add_device_options(parser)
@@ -90,14 +92,16 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def build(family: str, layers: int, device: torch.device, dtype: torch.dtype) -> MMDiT | NextDiT:
+def build(family: str, layers: int, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
     """A model of the official width with random weights and any number of layers."""
     fields = vars(VARIANTS[family]) | {"num_layers": layers}
+    if family == "flux":
+        fields["num_single_layers"] = 2 * layers  # as many for each double block as the official 38
     if family == "sd3.5-medium":
         fields["dual_attention_layers"] = tuple(range(min(layers, 13)))
     with torch.device(device):
         config = type(VARIANTS[family])(**fields)
-        model = NextDiT(config) if family == "lumina" else MMDiT(config)
+        model = NETWORKS[type(config)](config)
     return model.to(dtype).eval().requires_grad_(False)
 
 
@@ -109,7 +113,8 @@ class Step:
         self.model, self.device, self.cache = model, device, KVCache()
         self.tokens = (side // config.patch_size) ** 2
         make = {"device": device, "dtype": dtype}
-        self.latents = torch.randn(B, config.in_channels, side, side, **make)
+        channels = getattr(config, "latent_channels", config.in_channels)
+        self.latents = torch.randn(B, channels, side, side, **make)
         self.sigma = torch.full((B,), 0.5, device=device)
         length = TEXT_TOKENS[args.family]
         if args.family == "lumina":
@@ -120,6 +125,8 @@ class Step:
             context = torch.randn(B, length, config.joint_attention_dim, **make)
             pooled = torch.randn(B, config.pooled_projection_dim, **make)
             self.cond = {"context": context, "pooled": pooled}
+            if args.family == "flux":
+                self.cond["guidance"] = 3.5
 
     def active(self, ratio: float) -> torch.Tensor | None:
         """A random set of active tokens, the same for every sample; None for all."""

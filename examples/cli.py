@@ -139,6 +139,7 @@ def run(main: Callable[[], None]) -> None:
     and status 1, Ctrl-C with a word and status 130; any other error is a bug and keeps its
     traceback."""
     warnings.showwarning = _show_warning
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be in no encoding
     try:
         main()
     except KeyboardInterrupt:
@@ -148,7 +149,7 @@ def run(main: Callable[[], None]) -> None:
         sentence = sentence_of(error)
         if sentence is None:
             raise
-        sys.exit(f"error: {sentence}")
+        sys.exit(f"error: {one_line(sentence)}")
 
 
 def sentence_of(error: Exception) -> str | None:
@@ -183,5 +184,11 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and words is not None
 
 
+def one_line(text: str, most: int = 1000) -> str:
+    """A text on one line, without what a terminal would obey, and not endless."""
+    text = text if len(text) <= most else f"{text[:most]}..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def _show_warning(message, category, *_) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    print(f"warning: {one_line(str(message))}", file=sys.stderr)

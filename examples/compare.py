@@ -12,14 +12,15 @@ from __future__ import annotations
 import cli  # isort: skip
 
 import argparse
+import math
 import time
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 import minidit
 import ras
-from measures import psnr
 from minidit.scheduler import SOLVERS
 from pictures import check_outputs, check_writable, heat_image, labelled, save, sheet, step_map
 
@@ -88,6 +89,13 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     cli.at_least(parser, args, steps=1, threads=1)
     return args
+
+
+def psnr(image: Image.Image, reference: Image.Image) -> float:
+    """Peak signal-to-noise ratio of two pictures of one size, in decibels."""
+    difference = np.asarray(image, dtype=float) - np.asarray(reference, dtype=float)
+    mse = np.square(difference).mean()
+    return 10 * math.log10(255**2 / mse) if mse else math.inf
 
 
 def steps_figure(out: minidit.Output, columns: int = 7, side: int = 96) -> Image.Image:

@@ -14,6 +14,8 @@ not depend on the number of processes.
 
 from __future__ import annotations
 
+import interrupt  # noqa: F401  # isort: skip
+
 import argparse
 import json
 import math
@@ -28,7 +30,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import minidit
-from cli import DTYPES, at_least, run
+from cli import DTYPES, at_least, read_lines, run
 from pictures import check_writable
 from ras import RASConfig, Upstream
 
@@ -253,9 +255,7 @@ def parse_args() -> argparse.Namespace:
             parser.error('--plot needs matplotlib: pip install -e ".[plots]"')
         check_writable(args.plot, {f".{kind}" for kind in FigureCanvasBase.filetypes})
     if args.captions is not None:
-        args.prompts = [line for line in args.captions.read_text("utf-8").splitlines() if line]
-        if not args.prompts:
-            raise ValueError(f"{args.captions} has no captions, must have one a line")
+        args.prompts = read_lines(args.captions)
     return args
 
 

@@ -25,6 +25,7 @@ from minidit.scheduler import SOLVERS
 from pictures import active_map, check_outputs, save
 
 PROMPT = "a red apple on a sky blue background"
+FEW_STEPS = 12  # a model that asks for fewer has none to spare for stale tokens
 
 
 def main() -> None:
@@ -35,7 +36,13 @@ def main() -> None:
     config = ras_config(args)
     pipe = cli.load_model(args, offload=args.offload, use_t5=not args.no_t5, extra=args.extra)
     if args.no_t5 and pipe.family != "sd3":
-        raise ValueError(f"--no-t5 is for SD3, and {args.model} has no T5")
+        raise ValueError(f"--no-t5 is for SD3, and {args.model} is not of that family")
+    if too_few_steps(args, pipe):
+        print(
+            f"RAS is off: {args.model} draws in {pipe.scheduler.default_steps} steps, which leaves "
+            "none to spare (--ras 0.5 turns it on)"
+        )
+        config = None
     process, processes = cli.share()
     for line in range(process, len(prompts), processes):
         draw(args, pipe, prompts[line], paths[line], config)
@@ -129,6 +136,13 @@ def ras_config(args: argparse.Namespace) -> ras.RASConfig | ras.Upstream | None:
     except ValueError:
         raise ValueError(f"--ras is {args.ras!r}, must be a number in (0, 1] or off") from None
     return config.with_ratio(ratio)
+
+
+def too_few_steps(args: argparse.Namespace, pipe: minidit.Pipeline) -> bool:
+    """Whether this is a run of a few-step model (FLUX schnell, SD3.5 turbo) with RAS by default."""
+    asked = args.ras or args.ras_preset or args.active_map
+    steps = args.steps or pipe.scheduler.steps(args.solver or pipe.scheduler.default_solver)
+    return not asked and pipe.scheduler.default_steps < FEW_STEPS and steps < FEW_STEPS
 
 
 class StepClock:

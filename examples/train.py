@@ -28,6 +28,8 @@ B batch, C latent channels, h and w latent size.
 
 from __future__ import annotations
 
+import interrupt  # noqa: F401  # isort: skip
+
 import argparse
 import copy
 import math

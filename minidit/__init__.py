@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 / 3.5 and Lumina-Next in pure PyTorch, with Region-Adaptive Sampling.
+"""Stable Diffusion 3 / 3.5, FLUX.1 and Lumina-Next in pure PyTorch, with Region-Adaptive Sampling.
 
 import minidit, ras
 pipe = minidit.load("mini-lumina")
@@ -17,6 +17,7 @@ import torch
 from minidit import checks
 from minidit.clip import CLIPTextEncoder
 from minidit.flow import denoise, flow_sigmas
+from minidit.flux import Flux, FluxConfig
 from minidit.gemma import GemmaEncoder
 from minidit.mmdit import MMDiT, MMDiTConfig
 from minidit.nextdit import NextDiT, NextDiTConfig
@@ -28,6 +29,8 @@ __version__ = "0.1.0"
 __all__ = [
     "AutoencoderKL",
     "CLIPTextEncoder",
+    "Flux",
+    "FluxConfig",
     "GemmaEncoder",
     "MMDiT",
     "MMDiTConfig",
@@ -74,7 +77,7 @@ def load(
     vae = parts["vae"]
     if dtype == torch.float16 and vae.config.force_upcast:
         vae.float()  # its activations leave the range of float16
-    return Pipeline(family, **parts, device=device, offload=offload)
+    return Pipeline(family=family, **parts, device=device, offload=offload)
 
 
 def load_component(

@@ -59,6 +59,12 @@ def choice(name: str, value: Any, allowed: Iterable[str]) -> str:
     return value
 
 
+def function(name: str, value: Any) -> None:
+    """A function, or None."""
+    if value is not None and not callable(value):
+        raise ValueError(f"{name} is {short(value)}, must be a function or None")
+
+
 def texts(name: str, value: Any, count: int | None = None) -> list[str]:
     """One string or a list of them as a list; of `count`, where a single string serves for all."""
     listed = [value] * (count or 1) if isinstance(value, str) else value

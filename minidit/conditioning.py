@@ -148,7 +148,42 @@ def guide_lumina(
     }
 
 
+def encode_flux(
+    pipe: Any,
+    prompts: list[str],
+    negatives: list[str],
+    *,
+    prompt_2: str | Sequence[str] | None = None,
+    max_sequence_length: int | None = None,
+) -> Cond:
+    """FLUX.1: T5's tokens as context (n, L, D), CLIP's summary without its projection as pooled
+    (n, P). As in the official code no encoder is given an attention mask: padding is text, too.
+
+    prompt_2             other texts for T5 than for CLIP
+    max_sequence_length  tokens of T5, 512 for dev and 256 for schnell where not given
+    """
+    if max_sequence_length is None:
+        max_sequence_length = 512 if pipe.transformer.config.guidance_embeds else 256
+    length = checks.integer("max_sequence_length", max_sequence_length, 2, 512)
+    second = prompts if prompt_2 is None else checks.texts("prompt_2", prompt_2, len(prompts))
+    _, pooled = clip(pipe, pipe.text_encoder, pipe.tokenizer, negatives + prompts)
+    context = pipe.run(pipe.text_encoder_2, pipe.tokenizer_2(negatives + second, length))
+    return {"context": context, "pooled": pooled}
+
+
+def guide_flux(pipe: Any, guidance: float, *, true_guidance: float = 1.0) -> tuple[Guidance, Cond]:
+    """The guidance that dev was distilled with is an input of its network; schnell has none.
+
+    true_guidance  the scale of classifier-free guidance on top of it, with the negative prompt;
+                   it doubles the work, 1 is off
+    """
+    how = Guidance(checks.number("true_guidance", true_guidance, 1, also=" (1 is off)"))
+    scale = checks.number("guidance", guidance, 0)
+    return how, {"guidance": scale} if pipe.transformer.config.guidance_embeds else {}
+
+
 FAMILIES = {
     "sd3": Family(encode_sd3, guide_sd3),
     "lumina": Family(encode_lumina, guide_lumina),
+    "flux": Family(encode_flux, guide_flux),
 }

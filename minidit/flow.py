@@ -117,6 +117,7 @@ def denoise(
     """
     guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
     _check(latents, sigmas, cond, uncond, guidance)
+    checks.function("callback", callback)
     check_ras(ras)
     latents, patch = latents.float(), _patch_size(model, latents, ras)
     run = Run(ras, sigmas, latents, patch, correct)
@@ -206,6 +207,12 @@ def _patch_size(model: Model, latents: Tensor, ras: Any) -> int:
 
 
 def _check(latents, sigmas, cond, uncond, guidance) -> None:
+    for name, value in (("latents", latents), ("sigmas", sigmas)):
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            raise ValueError(f"{name} are {checks.short(value)}, must be a floating point tensor")
+    for name, value in (("cond", cond), ("uncond", uncond)):
+        if not isinstance(value, Mapping) and (name == "cond" or value is not None):
+            raise ValueError(f"{name} is {checks.short(value)}, must be a dict of arguments")
     if latents.ndim != 4:
         raise ValueError(f"latents have shape {tuple(latents.shape)}, must be (B, C, H, W)")
     if sigmas.ndim != 1 or len(sigmas) < 2:

@@ -16,7 +16,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidit.parts import MLP, attention, batch_sigma, check_config, check_latents, time_features
+from minidit.parts import (
+    MLP,
+    FinalLayer,
+    Projections,
+    attention,
+    batch_sigma,
+    check_config,
+    check_latents,
+    check_prompt,
+    layer_norm,
+    modulate,
+    time_features,
+)
 from ras.cache import KVCache
 from ras.tokens import flat_rows, patchify, put_, take, unpatchify
 
@@ -154,15 +166,7 @@ class MMDiT(nn.Module):
                 f"latents are {height}x{width}, but the position table of this model ends at "
                 f"{S * P}x{S * P} ({S * P * 8} pixels a side)"
             )
-        if context.ndim != 3 or context.shape[0] != B or context.shape[2] != c.joint_attention_dim:
-            raise ValueError(
-                f"context has shape {tuple(context.shape)}, "
-                f"must be ({B}, tokens, {c.joint_attention_dim})"
-            )
-        if pooled.shape != (B, c.pooled_projection_dim):
-            raise ValueError(
-                f"pooled has shape {tuple(pooled.shape)}, must be ({B}, {c.pooled_projection_dim})"
-            )
+        check_prompt(context, pooled, B, c)
 
 
 class Block(nn.Module):
@@ -225,12 +229,12 @@ class Stream(nn.Module):
         self, config: MMDiTConfig, chunks: int, dual: bool = False, keys_only: bool = False
     ) -> None:
         super().__init__()
-        C = config.width
+        C, D, qk_norm = config.width, config.attention_head_dim, config.qk_norm is not None
         self.chunks = chunks
         self.modulation = nn.Linear(C, chunks * C)
-        self.attn = Projections(config, has_out=not keys_only)
+        self.attn = Projections(C, D, qk_norm, has_out=not keys_only)
         if dual:
-            self.attn2 = Projections(config)
+            self.attn2 = Projections(C, D, qk_norm)
         if not keys_only:
             self.mlp = MLP(C, 4 * C, C, activation="gelu")
 
@@ -238,46 +242,3 @@ class Stream(nn.Module):
         """adaLN: cond (B, C) -> chunks of (B, 1, C): shift, scale, gate of attention, then of MLP,
         then of the second attention; only (shift, scale) in the last block's text stream."""
         return self.modulation(cond)[:, None].chunk(self.chunks, dim=2)
-
-
-class Projections(nn.Module):
-    """Tokens to queries, keys and values, normed per head in SD3.5, and the way back."""
-
-    def __init__(self, config: MMDiTConfig, has_out: bool = True) -> None:
-        super().__init__()
-        C, D = config.width, config.attention_head_dim
-        self.head_dim = D
-        self.qkv = nn.Linear(C, 3 * C)
-        normed = config.qk_norm is not None
-        self.q_norm = nn.RMSNorm(D, eps=1e-6) if normed else nn.Identity()
-        self.k_norm = nn.RMSNorm(D, eps=1e-6) if normed else nn.Identity()
-        if has_out:
-            self.out = nn.Linear(C, C)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, K, C) -> q, k, v, each (B, K, H, D)."""
-        q, k, v = self.qkv(x).unflatten(2, (3, -1, self.head_dim)).unbind(2)
-        return self.q_norm(q), self.k_norm(k), v
-
-
-class FinalLayer(nn.Module):
-    """adaLN and the linear head: (B, K, C) -> (B, K, patch values)."""
-
-    def __init__(self, width: int, out: int) -> None:
-        super().__init__()
-        self.modulation = nn.Linear(width, 2 * width)
-        self.linear = nn.Linear(width, out)
-
-    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        shift, scale = self.modulation(cond)[:, None].chunk(2, dim=2)
-        return self.linear(modulate(layer_norm(x), shift, scale))
-
-
-def layer_norm(x: Tensor) -> Tensor:
-    """LayerNorm over channels without weights, eps 1e-6."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x * (1 + scale) + shift, in one pass over x."""
-    return torch.addcmul(shift, x, 1 + scale)

@@ -18,11 +18,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidit.parts import MLP, attention, batch_sigma, check_config, check_latents, time_features
+from minidit.parts import (
+    MLP,
+    Rope,
+    attention,
+    batch_sigma,
+    check_config,
+    check_latents,
+    rotate,
+    time_features,
+    turns,
+)
 from ras.cache import KVCache
 from ras.tokens import flat_rows, patchify, put_, take, unpatchify
-
-Rope = tuple[Tensor, Tensor]  # cosines and sines, see `NextDiT._rotations`
 
 
 @dataclass(frozen=True)
@@ -191,8 +199,7 @@ class NextDiT(nn.Module):
         f = torch.where(time[:, None] < watershed, linear, ntk)[:, None, :, None]  # (B, 1, D/4, 1)
         place = torch.stack((tokens // w, tokens % w), dim=2)  # (B or 1, K, 2): row, column
         angle = (place[:, :, None] * f).flatten(2)[:, :, None]  # (B, K, 1, D/2), one a channel pair
-        cos, sin = angle.cos(), angle.sin()
-        return torch.stack((cos, cos), dim=4).flatten(3), torch.stack((-sin, sin), dim=4).flatten(3)
+        return turns(angle)
 
     def _attention_scale(self, tokens: int) -> float:
         """Proportional attention: 1 / sqrt(D) at the trained number of tokens, sharper above it.
@@ -366,11 +373,3 @@ class RMSNorm(nn.Module):
         norm = torch.linalg.vector_norm(x, dim=2, keepdim=True, dtype=wide)  # (B, tokens, 1)
         inverse = (norm.square() / x.shape[2] + self.eps).rsqrt().to(x.dtype)
         return x * inverse * (self.weight * modulation)
-
-
-def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Turn adjacent channels of x (B, K, H, D) pair by pair, in float32 as the official code."""
-    cos, sin = rope  # (B, K, 1, D) each, sin negative at even channels
-    wide = x.to(torch.promote_types(x.dtype, cos.dtype))
-    swapped = wide.unflatten(3, (-1, 2)).flip(4).flatten(3)  # (B, K, H, D)
-    return (wide * cos).addcmul_(swapped, sin).to(x.dtype)

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Rope = tuple[Tensor, Tensor]  # cosines and sines, see `turns`
+
 
 class MLP(nn.Module):
     """Linear, activation ("silu", or the tanh approximation of "gelu"), Linear."""
@@ -43,6 +45,64 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
     return out.transpose(1, 2).flatten(2)  # (B, K, H*D)
 
 
+class Projections(nn.Module):
+    """Tokens to queries, keys and values, q and k normed per head if asked, and the way back."""
+
+    def __init__(
+        self, width: int, head_dim: int, qk_norm: bool = True, has_out: bool = True
+    ) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        if has_out:
+            self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, K, C) -> q, k, v, each (B, K, H, D)."""
+        q, k, v = self.qkv(x).unflatten(2, (3, -1, self.head_dim)).unbind(2)
+        return self.q_norm(q), self.k_norm(k), v
+
+
+class FinalLayer(nn.Module):
+    """adaLN and the linear head: (B, K, C) -> (B, K, patch values)."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.modulation = nn.Linear(width, 2 * width)
+        self.linear = nn.Linear(width, out)
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        shift, scale = self.modulation(cond)[:, None].chunk(2, dim=2)
+        return self.linear(modulate(layer_norm(x), shift, scale))
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    """LayerNorm over channels without weights, eps 1e-6."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x * (1 + scale) + shift, in one pass over x."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+def turns(angle: Tensor) -> Rope:
+    """Angles (B, K, 1, D/2), one a pair of adjacent channels -> what `rotate` needs: cosines and
+    sines (B, K, 1, D), the sines negative at even channels."""
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack((cos, cos), dim=4).flatten(3), torch.stack((-sin, sin), dim=4).flatten(3)
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Rotary positions: turn adjacent channels of x (B, K, H, D) pair by pair, in float32."""
+    cos, sin = rope  # (B or 1, K, 1, D) each
+    wide = x.to(torch.promote_types(x.dtype, cos.dtype))
+    swapped = wide.unflatten(3, (-1, 2)).flip(4).flatten(3)  # (B, K, H, D)
+    return (wide * cos).addcmul_(swapped, sin).to(x.dtype)
+
+
 def time_features(t: Tensor, width: int) -> Tensor:
     """Sinusoidal features (B, width) of times (B,): cosines, then sines, in float32.
 
@@ -68,12 +128,13 @@ def fast_layout(x: Tensor) -> torch.memory_format:
     return torch.channels_last if fast else torch.contiguous_format
 
 
-def batch_sigma(sigma: Tensor | float, latents: Tensor) -> Tensor:
-    """The noise level as float32, one per sample (B,); raises ValueError for any other shape."""
+def batch_sigma(sigma: Tensor | float, latents: Tensor, name: str = "sigma") -> Tensor:
+    """The noise level (or what `name` says) as float32, one per sample (B,); raises ValueError for
+    any other shape."""
     B = len(latents)
     sigma = torch.as_tensor(sigma, dtype=torch.float32, device=latents.device)
     if sigma.numel() != 1 and sigma.shape != (B,):
-        raise ValueError(f"sigma has shape {tuple(sigma.shape)}, must be a number or ({B},)")
+        raise ValueError(f"{name} has shape {tuple(sigma.shape)}, must be a number or ({B},)")
     return sigma.reshape(-1).expand(B)
 
 
@@ -108,6 +169,18 @@ def check_latents(
         )
     if not 1 <= active.shape[1] <= tokens:
         raise ValueError(f"active names {active.shape[1]} tokens, must be 1..{tokens}")
+
+
+def check_prompt(context: Tensor, pooled: Tensor, batch: int, config: Any) -> None:
+    """Raise ValueError unless context is (batch, L, joint_attention_dim) and pooled (batch,
+    pooled_projection_dim)."""
+    wide, narrow = config.joint_attention_dim, config.pooled_projection_dim
+    if context.ndim != 3 or context.shape[0] != batch or context.shape[2] != wide:
+        raise ValueError(
+            f"context has shape {tuple(context.shape)}, must be ({batch}, tokens, {wide})"
+        )
+    if pooled.shape != (batch, narrow):
+        raise ValueError(f"pooled has shape {tuple(pooled.shape)}, must be ({batch}, {narrow})")
 
 
 def check_ids(

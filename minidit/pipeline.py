@@ -46,7 +46,7 @@ class Output:
     seed: int | None = None
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Pipeline:
     """A whole model. Parts that its family does not have are None; SD3's T5 may be left out.
 
@@ -100,8 +100,8 @@ class Pipeline:
                         batch; None draws a seed, which the output tells
         generator       draw the noise of the whole batch from it instead, as diffusers does
         latents         noise of one's own (B, C, height / 8, width / 8) instead of both
-        sigmas          falling noise levels in (0, 1] of one's own instead of steps. As in
-                        diffusers they are still to be shifted towards the noise by the model's
+        sigmas          falling noise levels in (0, 1] of one's own, one a step. As in diffusers
+                        they are still to be shifted towards the noise by the model's
                         scheduler, and the 0 at the end is added where it is missing
         ras             a RASConfig or Upstream for Region-Adaptive Sampling, None for dense
         callback        callback(step, sigma, latents, velocity, active) after every step
@@ -120,8 +120,7 @@ class Pipeline:
         checks.choice("solver", solver, SOLVERS)
         checks.choice("output", output, OUTPUTS)
         checks.flag("progress", progress)
-        if callback is not None and not callable(callback):
-            raise ValueError(f"callback is {checks.short(callback)}, must be a function or None")
+        checks.function("callback", callback)
         if self.device.type == "meta":
             raise ValueError("this model is on the meta device, which has no data: load it on cpu")
         num_images = checks.integer("num_images", num_images, 1, checks.MOST_PICTURES)
@@ -133,7 +132,8 @@ class Pipeline:
             ras.plan(len(levels) - 1, tokens)  # refuses now, before texts are encoded
         if how.scale == 1:
             if any(negatives):
-                warnings.warn("negative_prompt is ignored: guidance is 1, off", stacklevel=3)
+                name = "true_guidance" if self.family == "flux" else "guidance"
+                warnings.warn(f"negative_prompt is ignored: {name} is 1, off", stacklevel=3)
             negatives = []
 
         batch = family.encode(self, prompts, negatives, **for_encode)
@@ -161,11 +161,16 @@ class Pipeline:
 
     def to(self, device: str | torch.device) -> Pipeline:
         """Move to a device, where the next call runs; ValueError where it is not available."""
-        device = checks.device(device)
+        device, parts = checks.device(device), []
         if not self.offload:
-            for part in vars(self).values():
-                if isinstance(part, nn.Module):
-                    part.to(device)
+            parts = [part for part in vars(self).values() if isinstance(part, nn.Module)]
+        try:
+            for part in parts:
+                part.to(device)
+        except BaseException:  # too little memory there, or Ctrl-C: all or nothing
+            for part in parts:
+                part.to(self.device)
+            raise
         self.device = device
         return self
 
@@ -243,14 +248,17 @@ class Pipeline:
 
     def _levels(self, steps: Any, sigmas: Any, solver: str, tokens: int) -> Tensor:
         """Noise levels (steps + 1,), from the scheduler or of one's own."""
-        if sigmas is None:
-            if steps is None:
-                steps = self.scheduler.steps(solver)
-            steps = checks.integer("steps", steps, 1, checks.MOST_STEPS)
-            return self.scheduler.sigmas(steps, solver, tokens)
         if steps is not None:
-            raise ValueError("steps and sigmas are given, must be one of them")
-        return self.scheduler.shifted(own_levels(sigmas), tokens)
+            steps = checks.integer("steps", steps, 1, checks.MOST_STEPS)
+        if sigmas is None:
+            steps = self.scheduler.steps(solver) if steps is None else steps
+            return self.scheduler.sigmas(steps, solver, tokens)
+        levels = own_levels(sigmas)
+        if steps not in (None, len(levels) - 1):
+            raise ValueError(
+                f"steps is {steps}, but sigmas are {len(levels) - 1} steps: leave one out"
+            )
+        return self.scheduler.shifted(levels, tokens)
 
     def _decode(self, latents: Tensor, output: str) -> list[Image.Image] | np.ndarray:
         """Pictures one after the other, so that memory is that of one."""

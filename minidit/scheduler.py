@@ -10,6 +10,7 @@ from torch import Tensor
 from minidit.flow import check_schedule, flow_sigmas, shifted
 
 SOLVERS = ("euler", "corrected")
+SPACINGS = ("trained", "even")
 ENDS = 1.25  # of the corrected solver; measured best on both embedded models (docs/ras.md)
 
 
@@ -18,15 +19,26 @@ class SchedulerConfig:
     """What scheduler/scheduler_config.json says that sampling needs, and what to sample with.
 
     shift             moves steps towards the noise, above 0
+    use_dynamic_shifting  the shift depends on the number of image tokens instead: its logarithm is
+                      base_shift at base_image_seq_len of them, max_shift at max_image_seq_len, and
+                      on the straight line through both for any other number (FLUX dev)
+    spacing           of "euler": "trained" is even down to the lowest level of the training, 1/1000
+                      (SD3, Lumina-Next), "even" down to 0 (FLUX, Lumina 2), before shifting
     default_solver    "euler", as the official pipelines sample, or "corrected"
     default_steps     of "euler"; corrected_steps of "corrected"
     corrected_shift   of "corrected", None where it is `shift`, too
     default_guidance  1 is off
-    The last five are ours: official files lack them, the embedded models' have them.
+    The last six are ours: official files lack them, the embedded models' have some.
     Raises ValueError for values that no run can have.
     """
 
     shift: float = 1.0
+    use_dynamic_shifting: bool = False
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+    base_image_seq_len: int = 256
+    max_image_seq_len: int = 4096
+    spacing: str = "trained"
     default_solver: str = "euler"
     default_steps: int = 28
     corrected_steps: int = 14
@@ -39,6 +51,13 @@ class SchedulerConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r:.80}, must be {allowed}")
 
         require(0 < self.shift < float("inf"), "shift", "above 0 and finite")
+        require(
+            self.max_image_seq_len > self.base_image_seq_len,
+            "max_image_seq_len", f"above base_image_seq_len = {self.base_image_seq_len}",
+        )  # fmt: skip
+        for name in ("base_shift", "max_shift"):
+            require(abs(getattr(self, name)) < 10, name, "a logarithm within -10..10")
+        require(self.spacing in SPACINGS, "spacing", f"one of {', '.join(SPACINGS)}")
         require(self.default_solver in SOLVERS, "default_solver", f"one of {', '.join(SOLVERS)}")
         require(self.default_steps >= 1, "default_steps", "at least 1")
         require(self.corrected_steps >= 1, "corrected_steps", "at least 1")
@@ -57,14 +76,30 @@ class SchedulerConfig:
         """
         if solver not in SOLVERS:
             raise ValueError(f"solver is {solver!r:.80}, must be one of {', '.join(SOLVERS)}")
-        if solver == "euler":
-            return flow_sigmas(steps, self.shift)
-        shift = self.shift if self.corrected_shift is None else self.corrected_shift
-        return spaced_sigmas(steps, shift)
+        shift = self.shift_at(tokens)
+        if solver == "corrected":
+            return spaced_sigmas(steps, self.corrected_shift or shift)
+        return flow_sigmas(steps, shift) if self.spacing == "trained" else even_sigmas(steps, shift)
 
-    def shifted(self, sigmas: Tensor, tokens: int) -> Tensor:
-        """Noise levels of one's own, moved towards 1 for a run over `tokens` image tokens."""
-        return shifted(sigmas, self.shift)
+    def shift_at(self, tokens: int) -> float:
+        """The shift of a run over so many image tokens (diffusers pipeline_flux.py,
+        calculate_shift)."""
+        if not self.use_dynamic_shifting:
+            return self.shift
+        length = self.max_image_seq_len - self.base_image_seq_len
+        slope = (self.max_shift - self.base_shift) / length
+        line = self.base_shift + slope * (tokens - self.base_image_seq_len)
+        return torch.tensor(line, dtype=torch.float64).exp().item()  # inf where out of range
+
+    def shifted(self, levels: Tensor, tokens: int) -> Tensor:
+        """Noise levels of a caller's own, moved towards the noise as this scheduler's are."""
+        return shifted(levels, self.shift_at(tokens)).clamp(max=1)  # rounding goes beyond it
+
+
+def even_sigmas(steps: int, shift: float) -> Tensor:
+    """Evenly spaced noise levels, then shifted, (steps + 1,) float32 from 1 down to 0 (flux
+    sampling.py, get_schedule). Raises ValueError for steps < 1 or shift <= 0."""
+    return spaced_sigmas(steps, shift, ends=1.0)
 
 
 def spaced_sigmas(steps: int, shift: float, ends: float = ENDS) -> Tensor:

@@ -34,8 +34,8 @@ class RASConfig:
 
     ratio: float = 0.25
     fall: float = 0.0
-    start: int | float = 0.2
-    end: int | float | None = None
+    start: int | float = 0.35
+    end: int | float | None = 0.75
     refresh: int | float | tuple[int, ...] = 0.5
     score: str = "error"
     prefer: str = "high"
@@ -109,7 +109,14 @@ PRESETS: dict[str, RASConfig | Upstream] = {
     # recover (3.4), first 4 of 28 steps dense, refresh at 12 and 20 of 30 (3.5). Neither k nor how
     # far the ratio falls is given.
     "paper": RASConfig(
-        ratio=0.5, fall=0.25, start=4, refresh=2, score="std", prefer="low", starvation=1.0
+        ratio=0.5,
+        fall=0.25,
+        start=4,
+        end=None,
+        refresh=2,
+        score="std",
+        prefer="low",
+        starvation=1.0,
     ),
     # The two official scripts, as they run: starvation_scale is parsed but never applied (D01).
     "upstream_sd3": Upstream(high_ratio=0.3, scheduler_end_step=28, error_reset_steps=(12, 20)),

@@ -9,11 +9,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from minidit.flux import Flux, FluxConfig
 from minidit.mmdit import MMDiT, MMDiTConfig
 from minidit.nextdit import NextDiT, NextDiTConfig
 
 GOLDENS = Path(__file__).parent / "goldens"
-FAMILIES = ("sd3-medium", "sd3.5-large", "sd3.5-medium", "lumina")
+FAMILIES = ("sd3-medium", "sd3.5-large", "sd3.5-medium", "lumina", "flux-dev", "flux-schnell")
 
 torch.set_num_threads(1)  # tiny matrices: threads only wait for each other
 settings.register_profile(
@@ -28,13 +29,20 @@ settings.load_profile("default")
 
 @cache
 def tiny_model(family: str) -> torch.nn.Module:
-    """A model of three blocks whose every weight matters: gates and heads are not zero."""
+    """A model of three or four blocks whose every weight matters: gates and heads are not zero."""
     if family == "lumina":
         config = NextDiTConfig(
             sample_size=8, hidden_size=48, num_layers=3, num_attention_heads=4, num_kv_heads=2,
             multiple_of=16, cross_attention_dim=20,
         )  # fmt: skip
         return randomised(NextDiT(config))
+    if family.startswith("flux"):
+        config = FluxConfig(
+            in_channels=16, num_layers=2, num_single_layers=2, num_attention_heads=2,
+            attention_head_dim=16, joint_attention_dim=20, pooled_projection_dim=12,
+            guidance_embeds=family == "flux-dev", axes_dims_rope=(4, 6, 6),
+        )  # fmt: skip
+        return randomised(Flux(config))
     config = MMDiTConfig(
         sample_size=8, in_channels=4, out_channels=4, num_layers=3, num_attention_heads=2,
         attention_head_dim=16, joint_attention_dim=20, caption_projection_dim=32,
@@ -62,7 +70,10 @@ def conditioning(family: str, batch: int, seed: int = 1, tokens: int = 5) -> dic
     if family == "lumina":
         lengths = torch.arange(batch) % tokens + 1
         return {"context": context, "context_mask": torch.arange(tokens) < lengths[:, None]}
-    return {"context": context, "pooled": torch.randn(batch, 12, generator=generator)}
+    cond = {"context": context, "pooled": torch.randn(batch, 12, generator=generator)}
+    if family == "flux-dev":
+        cond["guidance"] = 1.0 + torch.arange(batch)
+    return cond
 
 
 def noise(batch: int, height: int, width: int, seed: int = 2) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -66,6 +67,18 @@ def test_sample_draws_with_a_next_dit(run, tmp_path, capsys):
     )
     assert Image.open(tmp_path / "sample.png").size == (48, 32)
     assert "token-steps (" in capsys.readouterr().out
+
+
+def test_sample_leaves_ras_off_for_a_model_of_few_steps(run, tmp_path, capsys):
+    shutil.copytree(GOLDENS / "pipe_sd3", tmp_path / "turbo")  # SD3.5 turbo goes by its name
+    args = ["sample", "a cat", "--model", "turbo", "--size", "48x32"]
+    run(*args)
+    printed = capsys.readouterr().out
+    assert "RAS is off: turbo draws in 4 steps" in printed and "cost: 100 %" in printed
+    for more in (["--ras", "0.5"], ["--steps", "12"], ["--ras-preset", "paper", "--steps", "6"]):
+        run(*args, *more)
+        printed = capsys.readouterr().out
+        assert "RAS is off" not in printed and "token-steps (" in printed
 
 
 def test_sample_without_ras_is_dense(run, capsys):
@@ -162,6 +175,24 @@ def test_a_refusal_is_a_sentence_and_a_bug_keeps_its_traceback(capsys):
             cli.run(main)
 
 
+def test_what_is_said_is_one_line_without_what_a_terminal_obeys(capsys, monkeypatch):
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    name = "a\n\x1b[2Jb\udcff" + "c" * 5_000_000
+    _, words = ending(raising(OSError(name)), capsys)
+    assert words.startswith(r"error: a\n\x1b[2Jb\udcffccc") and len(words) < 1100
+    cli.run(lambda: (warnings.warn(name, stacklevel=2), print(f"wrote {name[:8]}")))
+    out, words = capsys.readouterr()
+    assert words.startswith(r"warning: a\n\x1b[2Jb\udcffccc") and len(words) < 1100
+    assert out == "wrote a\n\x1b[2Jb\\udcff\n"
+
+
+def test_compile_compiles_the_transformer(run, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self)))
+    run("sample", *TINY, "--steps", "1", "--ras", "off", "--compile")
+    assert compiled == [minidit.MMDiT]
+
+
 def test_too_little_memory_is_a_sentence(capsys):
     for main in (
         raising(MemoryError()),
@@ -191,7 +222,8 @@ def test_ctrl_c_is_a_word_while_modules_are_imported():
     for path in EXAMPLES.glob("*.py"):
         text = path.read_text()
         first = re.search(r"^(import|from) (?!__future__).*", text, re.MULTILINE)
-        assert "cli.run(main)" not in text or first[0] == "import cli  # isort: skip", path
+        if "run(main)" in text and path.name != "cli.py":
+            assert first[0].startswith(("import cli ", "import interrupt ")), path
 
 
 def test_a_png_carries_what_it_was_drawn_with(run, tmp_path):
@@ -301,11 +333,11 @@ def test_compare_draws_a_sheet_a_map_and_an_animation(run, tmp_path, monkeypatch
     assert Image.open(tmp_path / "steps.gif").n_frames > 3  # equal frames are merged
 
 
-@pytest.mark.parametrize("family", ["sd3", "sd3.5-medium", "lumina"])
+@pytest.mark.parametrize("family", ["sd3", "sd3.5-medium", "lumina", "flux"])
 def test_benchmark_prints_shares_of_time_and_flops(run, capsys, monkeypatch, family):
     benchmark = importlib.import_module("benchmark")
     small = {"num_layers": 1, "num_attention_heads": 4}
-    sizes = {"hidden_size": 96} if family == "lumina" else {"caption_projection_dim": 256}
+    sizes = {"lumina": {"hidden_size": 96}, "flux": {}}.get(family, {"caption_projection_dim": 256})
     config = benchmark.VARIANTS[family]
     tiny = type(config)(**(vars(config) | small | sizes | {
         k: v for k, v in (("num_kv_heads", 2), ("dual_attention_layers", ())) if hasattr(config, k)
@@ -339,7 +371,7 @@ def test_heat_counts_regional_steps_only():
         ("evaluate --methods best", "invalid choice: 'best' (choose from"),
         ("evaluate --plot table.docx", "table.docx has no picture's ending"),
         ("evaluate --plot missing/table.svg", "missing must be a writable folder"),
-        ("evaluate --captions empty.txt", "empty.txt has no captions, must have one a line"),
+        ("evaluate --captions empty.txt", "empty.txt is empty, must have one prompt a line"),
         ("evaluate --captions missing.txt", "missing.txt"),
         ("compare --steps 0", "--steps is 0, must be at least 1"),
         ("compare --ratios 2", "ratio is 2.0, must be in (0, 1]"),

@@ -145,6 +145,13 @@ def test_half_precision_models_are_integrated_in_float32():
     [
         ({"latents": torch.zeros(4, 2, 2)}, "latents have shape (4, 2, 2)"),
         ({"sigmas": torch.ones(1)}, "sigmas have shape (1,)"),
+        ({"latents": 5}, "latents are 5, must be a floating point tensor"),
+        ({"latents": torch.zeros(1, 4, 2, 2, dtype=torch.cfloat)}, "latents are tensor("),
+        ({"sigmas": [1.0, 0.0]}, "sigmas are [1.0, 0.0], must be a floating point tensor"),
+        ({"cond": None}, "cond is None, must be a dict"),
+        ({"uncond": [1], "guidance": 2.0}, "uncond is [1], must be a dict"),
+        ({"callback": 5}, "callback is 5, must be a function or None"),
+        ({"guidance": "high"}, "guidance is 'high', must be a finite number"),
         ({"guidance": 0.5}, "guidance is 0.5, must be a finite number of at least 1"),
         ({"guidance": float("nan")}, "guidance is nan"),
         ({"guidance": 2.0}, "needs uncond"),

@@ -34,6 +34,11 @@ from weights.save import convert
 
 MANIFESTS = manifests()
 COMPONENT = {  # the manifests of diffusers folders -> which folder
+    "diffusers_flux1_dev_transformer": "transformer",
+    "diffusers_flux1_schnell_transformer": "transformer",
+    "diffusers_flux1_vae": "vae",
+    "diffusers_flux1_text_encoder": "text_encoder",
+    "diffusers_flux1_text_encoder_2": "text_encoder_2",
     "diffusers_sd3.5_large_transformer": "transformer",
     "diffusers_sd3.5_medium_transformer": "transformer",
     "diffusers_sd3_medium_transformer": "transformer",

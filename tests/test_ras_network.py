@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import conditioning, noise, tiny_model
+from conftest import FAMILIES, conditioning, noise, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from ras import KVCache, RASConfig, Run, Upstream
 from ras.tokens import flat_rows, mask_of, patchify
 
-FAMILIES = st.sampled_from(["sd3-medium", "sd3.5-large", "sd3.5-medium", "lumina"])
+NETWORKS = st.sampled_from(FAMILIES)
 
 
 class MaskedCache:
@@ -43,7 +43,7 @@ def draw_active(data: st.DataObject, batch: int, tokens: int) -> torch.Tensor:
     return torch.tensor(rows)
 
 
-@given(FAMILIES, st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.data())
+@given(NETWORKS, st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.data())
 def test_gathered_step_equals_boolean_mask_over_the_full_sequence(family, batch, h, w, data):
     model, cond = tiny_model(family), conditioning(family, batch)
     active = draw_active(data, batch, h * w)
@@ -67,7 +67,7 @@ def test_gathered_step_equals_boolean_mask_over_the_full_sequence(family, batch,
                 assert not new[~stale].equal(old[~stale])
 
 
-@given(FAMILIES, st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.data())
+@given(NETWORKS, st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.data())
 def test_regional_step_with_fresh_caches_equals_the_dense_step(family, batch, h, w, data):
     """Same latents, same sigma: whatever the active set and its order, active rows are the dense
     ones, in the output and in the caches."""
@@ -109,6 +109,12 @@ def test_a_batch_equals_its_members_alone(family):
         model(first[b : b + 1], 0.9, **own, cache=mine)
         alone = model(later[b : b + 1], 0.4, **own, active=active[b : b + 1], cache=mine)
         assert torch.allclose(together[b : b + 1], alone, atol=1e-5)
+
+
+def test_every_block_of_either_kind_caches_image_rows_and_text_rows():
+    cache = KVCache()
+    tiny_model("flux-dev")(noise(1, 8, 8), 0.9, **conditioning("flux-dev", 1), cache=cache)
+    assert {layer: cache[layer][0].shape[1] for layer in cache} == dict.fromkeys(range(4), 16 + 5)
 
 
 def test_second_attention_has_its_own_cache():

@@ -31,7 +31,7 @@ def test_counts_and_kinds_are_exact(ratio, steps, tokens, data):
 
 @given(st.floats(0.3, 0.7), st.floats(-0.5, 0.5), st.integers(6, 60))
 def test_a_falling_ratio_is_linear_and_keeps_its_mean(ratio, fall, steps):
-    config = RASConfig(ratio=ratio, fall=fall, start=2, refresh=0)
+    config = RASConfig(ratio=ratio, fall=fall, start=2, end=None, refresh=0)
     counts = [step.active for step in plan(config, steps, 10_000)[2:]]
     assert sum(counts) / len(counts) == pytest.approx(ratio * 10_000, abs=1)
     slopes = [a - b for a, b in zip(counts[1:], counts, strict=False)]
@@ -41,7 +41,7 @@ def test_a_falling_ratio_is_linear_and_keeps_its_mean(ratio, fall, steps):
 
 @given(st.integers(0, 6), st.integers(1, 8), st.integers(2, 50))
 def test_refresh_steps_are_spread_evenly(count, start, length):
-    steps = plan(RASConfig(start=start, refresh=count), start + length, 64)
+    steps = plan(RASConfig(start=start, end=None, refresh=count), start + length, 64)
     dense = [t for t in range(start, start + length) if not steps[t].regional]
     assert len(dense) == min(count, (length - 1) // 2)
     edges = [start - 1, *dense, start + length]
@@ -51,14 +51,16 @@ def test_refresh_steps_are_spread_evenly(count, start, length):
 
 
 def test_two_refreshes_of_28_steps_are_the_ones_of_the_official_script():
-    steps = plan(RASConfig(start=4, refresh=2), 28, 256)
+    steps = plan(RASConfig(start=4, end=None, refresh=2), 28, 256)
     assert [t for t in range(4, 28) if not steps[t].regional] == [12, 20]
 
 
 @given(st.integers(2, 100))
 def test_shares_of_the_run_fit_any_number_of_steps(steps):
     """The default preset works from two steps on; start and refresh keep their shares."""
-    regional = [step.regional for step in plan(RASConfig(start=0.35, refresh=0.22), steps, 64)]
+    regional = [
+        step.regional for step in plan(RASConfig(start=0.35, end=None, refresh=0.22), steps, 64)
+    ]
     start = regional.index(True)
     assert start == max(1, round(0.35 * steps))
     dense = regional[start:].count(False)
@@ -120,8 +122,12 @@ def test_a_share_as_end_keeps_the_rest_of_the_run_dense(steps, last):
 @pytest.mark.parametrize(
     ("config", "steps", "sentence"),
     [
-        (RASConfig(end=20), 20, "end is 20, must be within 4..19 in this run"),
-        (RASConfig(start=4, refresh=(9, 30)), 28, "refresh names step 30, must be within 4..27"),
+        (RASConfig(end=20), 20, "end is 20, must be within 7..19 in this run"),
+        (
+            RASConfig(start=4, end=None, refresh=(9, 30)),
+            28,
+            "refresh names step 30, must be within 4..27",
+        ),
         (RASConfig(), 0, "steps is 0"),
         (RASConfig(), 2.0, "steps is 2.0, must be an integer"),
         (RASConfig.preset("upstream_sd3"), 20, "error_reset_steps names step 20"),
@@ -158,12 +164,12 @@ def test_the_default_config_is_the_default_preset():
 
 
 def test_half_of_an_even_range_is_every_other_step():
-    steps = plan(RASConfig(start=4, refresh=0.5), 12, 64)
+    steps = plan(RASConfig(start=4, end=None, refresh=0.5), 12, 64)
     assert [step.regional for step in steps] == [False] * 4 + [True, False] * 4
 
 
 def test_numbers_of_numpy_are_numbers():
-    config = RASConfig(ratio=np.float32(0.5), start=np.int64(2), refresh=(np.int64(3),))
+    config = RASConfig(ratio=np.float32(0.5), start=np.int64(2), end=None, refresh=(np.int64(3),))
     steps = plan(config, np.int64(6), 10)
     assert [step.active for step in steps] == [10, 10, 5, 10, 5, 5]
     assert [type(step.active) for step in steps] == [int] * 6

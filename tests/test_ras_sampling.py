@@ -14,7 +14,9 @@ from minidit import denoise, flow_sigmas
 from ras import SCORES, KVCache, RASConfig, plan
 
 # the paper's rule
-REGIONAL = RASConfig(ratio=0.4, start=2, refresh=1, score="std", prefer="low", starvation=0.1)
+REGIONAL = RASConfig(
+    ratio=0.4, start=2, end=None, refresh=1, score="std", prefer="low", starvation=0.1
+)  # fmt: skip
 
 
 def sample(family: str, config: RASConfig | None, seed: int = 2, batch: int = 2, **kwargs):
@@ -139,7 +141,7 @@ def test_two_interleaved_runs_do_not_touch_each_other(family):
 @given(st.floats(0.02, 0.98), st.integers(3, 12), st.booleans())
 def test_constant_velocity_is_exact_at_any_ratio(ratio, steps, correct):
     target = torch.randn(2, 4, 6, 10, generator=torch.Generator().manual_seed(0))
-    config = RASConfig(ratio=ratio, start=1)
+    config = RASConfig(ratio=ratio, start=1, end=None, refresh=0)
     start, sigmas = noise(2, 6, 10), flow_sigmas(steps, 3.0)
     model = only_active(lambda x, sigma: target)
     latents, _ = denoise(model, start, sigmas, {}, ras=config, correct=correct)

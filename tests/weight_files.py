@@ -73,6 +73,7 @@ LUMINA = {
 CLASS = {
     "mmdit": {"_class_name": "SD3Transformer2DModel"},
     "nextdit": {"_class_name": "LuminaNextDiT2DModel"},
+    "flux": {"_class_name": "FluxTransformer2DModel"},
     "vae": {"_class_name": "AutoencoderKL"},
     "clip": {"architectures": ["CLIPTextModelWithProjection"], "model_type": "clip_text_model"},
     "t5": {"architectures": ["T5EncoderModel"], "model_type": "t5"},
@@ -94,8 +95,10 @@ PREFIXES = {
 
 def manifests() -> dict[str, dict]:
     """The official files: {manifest: {"files": {file: {name: [dtype, *shape]}}, "config"}}."""
-    data = gzip.decompress((GOLDENS / "manifests" / "manifests.json.gz").read_bytes())
-    return json.loads(data)
+    found = {}
+    for path in sorted((GOLDENS / "manifests").glob("*.json.gz")):
+        found |= json.loads(gzip.decompress(path.read_bytes()))
+    return found
 
 
 def write_header(path: Path, tensors: dict[str, list]) -> None:

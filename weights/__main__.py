@@ -63,7 +63,8 @@ def describe(model: Model) -> tuple[list[str], bool]:
             text = f"in {model.tokenizers[name]}"
         elif name == "scheduler" and model.scheduler:
             config = model.scheduler
-            text = f"shift {config.shift:g}, {config.default_steps} steps of guidance "
+            shift = "by size" if config.use_dynamic_shifting else f"{config.shift:g}"
+            text = f"shift {shift}, {config.default_steps} steps of guidance "
             text += f"{config.default_guidance:g} unless told otherwise"
         elif name in model.missing:
             text = ""
@@ -82,6 +83,8 @@ def describe(model: Model) -> tuple[list[str], bool]:
 def _describe_part(part: Part, missing: bool) -> tuple[str, bool]:
     config = part.config
     layers = getattr(config, "num_layers", None) or getattr(config, "num_hidden_layers", None)
+    if hasattr(config, "num_single_layers"):
+        layers = f"{layers} double and {config.num_single_layers} single"
     for field in ("width", "hidden_size", "d_model"):
         width = getattr(config, field, None)
         if width:

@@ -49,6 +49,7 @@ PREFIXES = (  # of the components in one file
     "text_encoders.clip_g.transformer.",
     "text_encoders.t5xxl.transformer.",
 )
+OURS = ("default_", "corrected_", "spacing")  # fields of SchedulerConfig that only we write
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 SCHEDULER_OPTIONS = (  # that change the noise levels; refused unless SchedulerConfig has them
     "use_dynamic_shifting",
@@ -109,7 +110,7 @@ def load_component(
     folder = local / name
     if local.is_dir() and folder.is_dir():
         if name == "scheduler":
-            return read_scheduler(folder, SchedulerConfig())
+            return read_scheduler(folder, _fallback(local))
         if not name.startswith("tokenizer"):
             return load_module(read_part(folder, name), device, dtype)
         return read_tokenizer(folder)
@@ -354,12 +355,24 @@ def read_scheduler(folder: Path, fallback: SchedulerConfig) -> SchedulerConfig:
     for option in SCHEDULER_OPTIONS:
         if option not in known and values.get(option):
             raise ValueError(f"{path}: {option} is {short(values[option])}, must be off")
+    kind = values.get("time_shift_type", "exponential")
+    if kind != "exponential":
+        raise ValueError(f"{path}: time_shift_type is {short(kind)}, must be 'exponential'")
     times = values.get("num_train_timesteps", 1000)
     if times != 1000:
         raise ValueError(f"{path}: num_train_timesteps is {short(times)}, must be 1000")
     config = config_from(SchedulerConfig, values, path)
-    ours = [name for name in known - set(values) if name.startswith(("default_", "corrected_"))]
+    ours = [name for name in known - set(values) if name.startswith(OURS)]
     return replace(config, **{name: getattr(fallback, name) for name in ours})
+
+
+def _fallback(folder: Path) -> SchedulerConfig:
+    """What a scheduler's file leaves open, by the transformer beside it if there is one."""
+    beside = folder / "transformer"
+    if not (beside / "config.json").is_file():
+        return SchedulerConfig()
+    part = read_config(beside, "transformer")
+    return default_scheduler(Model(folder, "", {"transformer": part})) or SchedulerConfig()
 
 
 def default_scheduler(model: Model) -> SchedulerConfig | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from minidit.checks import reason, short
 from minidit.scheduler import SchedulerConfig
-from weights import common, lumina, sd3
+from weights import common, flux, lumina, sd3
 from weights.config import config_from
 from weights.files import (
     Tensors,
@@ -26,8 +26,13 @@ from weights.files import (
 )
 from weights.keymap import Network, Recipe, recipes
 
-FAMILIES = {"sd3": sd3.FAMILY, "lumina": lumina.FAMILY}
-NETWORKS: dict[str, Network] = {**common.NETWORKS, **sd3.NETWORKS, **lumina.NETWORKS}
+FAMILIES = {"sd3": sd3.FAMILY, "lumina": lumina.FAMILY, "flux": flux.FAMILY}
+NETWORKS: dict[str, Network] = {
+    **common.NETWORKS,
+    **sd3.NETWORKS,
+    **lumina.NETWORKS,
+    **flux.NETWORKS,
+}
 # what config.json and model_index.json call a network -> which, in which layout
 CLASSES = {
     name: (kind, layout)

@@ -41,7 +41,6 @@ VAE = VAEConfig(
 
 def new_pipeline(family: str, run: Path) -> Pipeline:
     """A pipeline of untrained networks with the run's tokenizers and VAE."""
-    device = torch.device("cpu")
     vae = load_component(run, "vae")
     tokenizer = load_component(run, "tokenizer")
     if family == "sd3":
@@ -50,10 +49,15 @@ def new_pipeline(family: str, run: Path) -> Pipeline:
             len(tokenizer.vocab), third.model.get_piece_size()
         )
         return Pipeline(
-            family, transformer, vae, SCHEDULER, clip, tokenizer, clip_2, second, t5, third, device
-        )
+            family=family, transformer=transformer, vae=vae, scheduler=SCHEDULER,
+            text_encoder=clip, text_encoder_2=clip_2, text_encoder_3=t5,
+            tokenizer=tokenizer, tokenizer_2=second, tokenizer_3=third,
+        )  # fmt: skip
     transformer, gemma = lumina_networks(tokenizer.model.get_piece_size())
-    return Pipeline(family, transformer, vae, SCHEDULER, gemma, tokenizer, device=device)
+    return Pipeline(
+        family=family, transformer=transformer, vae=vae, scheduler=SCHEDULER,
+        text_encoder=gemma, tokenizer=tokenizer,
+    )  # fmt: skip
 
 
 def sd3_networks(clip_vocab: int, t5_vocab: int) -> list[nn.Module]:
