@@ -91,8 +91,7 @@ def device(value: Any) -> torch.device:
         device = torch.device(value)
         torch.empty(0, device=device)
     except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error).splitlines() or ["unknown"])[0]
-        raise ValueError(f"device {short(value)} is not available here: {reason}") from None
+        raise ValueError(f"device {short(value)} is not available here: {reason(error)}") from None
     return device
 
 
@@ -106,3 +105,9 @@ def short(value: Any, length: int = 80) -> str:
         text = f"a {type(value).__name__} that can't be printed"
     text = " ".join(text.split())
     return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def reason(error: BaseException, length: int = 200) -> str:
+    """What an exception of a library says, for a sentence: its first line, printable and cut."""
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return "".join(c if c.isprintable() else " " for c in text[:length])

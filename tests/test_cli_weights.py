@@ -93,7 +93,7 @@ def test_inspect_names_what_is_unsound(folder: Path, tmp_path: Path, capsys) -> 
     assert "it cannot run as it is" in out
     path.write_bytes(b"nonsense")
     assert main(["inspect", str(tmp_path / "model")]) == 1
-    assert "is not a whole safetensors file" in capsys.readouterr().err
+    assert "is no whole safetensors file" in capsys.readouterr().err
 
 
 def test_inspect_missing_weights(folder: Path, tmp_path: Path, capsys) -> None:

@@ -201,13 +201,13 @@ def test_shard_faults(t5: Path) -> None:
     others = sorted(set(where.values()) - {file})
 
     write_index(t5, where | {name: others[0]})
-    with pytest.raises(ValueError, match=f"says that {name} is in {others[0]}, but it is not"):
+    with pytest.raises(ValueError, match=f"{name} is in {others[0]}, but it is in {file}"):
         load_component(t5, "text_encoder_3")
     write_index(t5, where | {"nowhere": file})
-    with pytest.raises(ValueError, match="says that nowhere is in"):
+    with pytest.raises(ValueError, match="nowhere is in .*, but it is in no file"):
         load_component(t5, "text_encoder_3")
     write_index(t5, {key: value for key, value in where.items() if key != name})
-    with pytest.raises(ValueError, match=f"does not list {name}"):
+    with pytest.raises(ValueError, match=f"says that {name} is in no file"):
         load_component(t5, "text_encoder_3")
     write_index(t5, where | {name: "model-00009-of-00009.safetensors"})
     with pytest.raises(FileNotFoundError, match="model-00009-of-00009.safetensors"):
@@ -228,7 +228,7 @@ def test_shard_faults(t5: Path) -> None:
     with pytest.raises(ValueError, match=f"{name} is in two shards"):
         load_component(t5, "text_encoder_3")
     (folder / others[0]).unlink()
-    with pytest.raises(FileNotFoundError, match="has 2 of the 3 shards of model"):
+    with pytest.raises(FileNotFoundError, match="has 2 of the 3 shards"):
         load_component(t5, "text_encoder_3")
 
 
@@ -373,7 +373,7 @@ def test_arguments(t5: Path) -> None:
         with pytest.raises(ValueError, match="dtype is .* must be one of torch.float32"):
             load_component(t5, "text_encoder_3", dtype=dtype)
     for device in ("gpu", "cuda:99", 3.5, None):
-        with pytest.raises(ValueError, match="device '.*' is not available here"):
+        with pytest.raises(ValueError, match="device .* is not available here"):
             load_component(t5, "text_encoder_3", device=device)
 
 
@@ -393,25 +393,26 @@ def test_header_checks(tmp_path: Path) -> None:
 
     write({})
     assert set(read_header(path)) == {"a", "b"}
-    for fault, change in {
-        "a takes 12 bytes": {"a": entry(shape=(4,))},
-        "a takes 16 bytes": {"a": entry(offsets=(0, 16))},
-        "does not follow": {"a": entry(offsets=(4, 16))},
-        "stores a as 'F7'": {"a": entry(dtype="F7")},
-        "no dtype, shape and offsets of a": {"a": entry(shape=(-3,))},
-        "no dtype, shape and offsets of b": {"b": 3},
-        "its tensors end at byte": {"c": entry(offsets=(20, 32))},
-    }.items():
-        write(change)
-        with pytest.raises(ValueError, match=fault):
+    for change in (
+        {"a": entry(shape=(4,))},
+        {"a": entry(offsets=(0, 16))},
+        {"a": entry(offsets=(4, 16))},
+        {"a": entry(dtype="F7")},
+        {"c": entry("C64", (1,), (20, 28))},
+        {"a": entry(shape=(-3,))},
+        {"b": 3},
+        {"c": entry(offsets=(20, 32))},
+    ):
+        write(change, good[8 + length :] + b"\0" * 8 * ("c" in change))
+        with pytest.raises(ValueError, match="is no sound safetensors file: .* .*"):
             read_header(path)
     for data, fault in (
         (b"", "header claims"),
         (good[:5], "header claims"),
-        (good[:-1], "is cut or damaged"),
-        (good + b"\0", "is cut or damaged"),
+        (good[:-1], "no sound safetensors"),
+        (good + b"\0", "no sound safetensors"),
         ((2**63).to_bytes(8, "little") + good[8:], "header claims 9223372036854775808 bytes"),
-        ((4).to_bytes(8, "little") + b"[1] " + good, "must be an object"),
+        ((4).to_bytes(8, "little") + b"[1] " + good, "no sound safetensors"),
     ):
         path.write_bytes(data)
         with pytest.raises(ValueError, match=fault):

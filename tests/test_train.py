@@ -23,6 +23,7 @@ from minidit.t5 import T5Config, T5Encoder
 from minidit.vae import AutoencoderKL
 from training import autoencoder, emoji, files, measuring, models, optim, vocabulary
 from weights.load import load_component
+from weights.save import write_network
 
 NAMES = {
     "🍎": ("red apple", "Food & Drink", "1f34e"),
@@ -106,7 +107,7 @@ def family(request: pytest.FixtureRequest) -> str:
 def run(family: str, packages: Path, tmp_path: Path) -> Path:
     """A prepared run: VAE, tokenizers and latents at 64 pixels."""
     torch.manual_seed(0)
-    files.write_network(AutoencoderKL(TINY_VAE), tmp_path / "vae")
+    write_network(AutoencoderKL(TINY_VAE), tmp_path / "vae", torch.bfloat16)
     autoencoder.prepare(family, tmp_path, packages, [64], 17)
     return tmp_path
 

@@ -8,7 +8,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from weights.files import read_json, short
+from minidit.checks import short
+from weights.files import read_json
 
 C = TypeVar("C")
 
@@ -28,8 +29,9 @@ def config_from(cls: type[C], values: Mapping[str, Any], path: str | Path) -> C:
     for field in fields(cls):  # type: ignore[arg-type]
         if field.name in values:
             value, hint = values[field.name], hints[field.name]
-            if not _fits(value, hint):
-                raise ValueError(f"{path}: {field.name} is {short(value)}, must be {_say(hint)}")
+            fits, words = _judge(value, hint)
+            if not fits:
+                raise ValueError(f"{path}: {field.name} is {short(value)}, must be {words}")
             found[field.name] = tuple(value) if isinstance(value, list) else value
     try:
         return cls(**found)
@@ -37,32 +39,20 @@ def config_from(cls: type[C], values: Mapping[str, Any], path: str | Path) -> C:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a JSON value can be what an annotation asks for."""
-    origin = get_origin(hint)
+def _judge(value: Any, hint: Any) -> tuple[bool, str]:
+    """Whether a JSON value can be what an annotation asks for, and what that is in words."""
+    origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        return any(_fits(value, option) for option in get_args(hint))
+        judged = [_judge(value, option) for option in inner]
+        return any(fits for fits, _ in judged), " or ".join(words for _, words in judged)
     if origin is tuple:
-        return isinstance(value, list) and all(_fits(v, get_args(hint)[0]) for v in value)
+        fits = isinstance(value, list) and all(_judge(each, inner[0])[0] for each in value)
+        return fits, f"a list, each {_judge(None, inner[0])[1]}"
     if origin is not None:  # Mapping[str, Any]
-        return isinstance(value, dict)
-    if hint is type(None):
-        return value is None
+        return isinstance(value, dict), "an object"
     if hint is int:
-        return type(value) is int and abs(value) < 2**31
-    if hint is float:
-        return type(value) in (int, float) and abs(value) < 1e30  # not infinite, not NaN
-    return type(value) is hint
-
-
-def _say(hint: Any) -> str:
-    """An annotation in words."""
-    origin = get_origin(hint)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_say(option) for option in get_args(hint))
-    if origin is tuple:
-        return f"a list, each {_say(get_args(hint)[0])}"
-    if origin is not None:
-        return "an object"
-    words = {int: "an integer below 2**31", float: "a finite number", bool: "true or false"}
-    return words.get(hint) or {str: "a string", type(None): "null"}[hint]
+        return type(value) is int and abs(value) < 2**31, "an integer below 2**31"
+    if hint is float:  # not infinite, not NaN
+        return type(value) in (int, float) and abs(value) < 1e30, "a finite number"
+    words = {bool: "true or false", str: "a string", type(None): "null"}
+    return type(value) is hint, words[hint]

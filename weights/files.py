@@ -1,9 +1,8 @@
 """Files: JSON, and tensors by their headers first, then data row by row.
 
-A safetensors file is 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}
-and the tensors' bytes back to back. We check the header ourselves, against the file's size, and
-read plainly: the pages of a memory-mapped file count as memory of the process, and mapping a 16 GB
-file can fail outright on a small machine, so this is what keeps the peak at the model's own size.
+The safetensors library checks headers. The data is read plainly: the pages of a memory-mapped file
+count as memory of the process, and mapping a 16 GB file can fail outright on a small machine, so
+this is what keeps the peak at the model's own size.
 """
 
 from __future__ import annotations
@@ -13,12 +12,15 @@ import json
 import math
 import re
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from minidit.checks import reason, short
 
 COMPONENTS = (
     "transformer",
@@ -48,7 +50,7 @@ DTYPES = {
 }
 CHUNK = 2**21  # bytes read at a time
 MAX_JSON = 10**7  # bytes of a header, a config or a vocabulary; official ones are below 1.1 MB
-MAX_BRACKETS = 10**5  # of a JSON file; official ones have below 5,100, three a tensor
+MAX_BRACKETS = 10**5  # of a JSON file; official ones have below 5,100
 MAX_DEPTH = 50  # of JSON; official files nest four deep
 FOREIGN = {  # what is not read, by its ending
     ".gguf": "a GGUF file, quantised for other programs",
@@ -69,11 +71,6 @@ class Stored(NamedTuple):
     data: Tensor | None = None  # the mapped tensor, for a .pth file
 
     @property
-    def row_bytes(self) -> int:
-        """Bytes of one row along the first dimension."""
-        return math.prod(self.shape[1:]) * self.dtype.itemsize
-
-    @property
     def size(self) -> int:
         """Bytes in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
@@ -90,60 +87,35 @@ def read_header(path: Path) -> dict[str, Stored]:
     size = file_size(path)
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 10 or length > min(size - 8, MAX_JSON):
-            raise ValueError(
-                f"{path} is not a whole safetensors file: its header claims {length} bytes, of "
-                f"which at most {max(0, min(size - 8, MAX_JSON))} can be (the file has {size})"
-            )
-        header = parse_json(file.read(length), path)
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(type(v) is str for v in metadata.values()):
-        raise ValueError(f"{path} is damaged: the __metadata__ of its header holds more than text")
-    end = 8 + length
-    tensors = {name: _entry(path, name, entry, end) for name, entry in header.items()}
-    for name, t in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].size)):
-        if t.offset != end:
-            raise ValueError(
-                f"{path} is damaged: the data of {plain(name)} does not follow its neighbour"
-            )
-        end += t.size
-    if end != size:
+    if length > min(size - 8, MAX_JSON):
         raise ValueError(
-            f"{path} is cut or damaged: its tensors end at byte {end}, the file at {size}"
+            f"{path} is no whole safetensors file: its header claims {length} bytes, of which at "
+            f"most {max(0, min(size - 8, MAX_JSON))} can be (the file has {size})"
         )
-    return tensors
-
-
-def _entry(path: Path, name: str, entry: Any, start: int) -> Stored:
-    """One line of a safetensors header, checked."""
+    tensors: dict[str, Stored] = {}
+    offset = 8 + length
     try:
-        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        sound = type(dtype) is str and len(shape) <= 8
-        sound &= all(type(n) is int and 0 <= n < 2**48 for n in (begin, end, *shape))
-    except (TypeError, KeyError, ValueError):
-        sound = False
-    if not sound:
-        raise ValueError(
-            f"{path} is damaged: its header has no dtype, shape and offsets of {plain(name)}"
-        )
-    if dtype not in DTYPES:
-        raise ValueError(f"{path} stores {plain(name)} as {short(dtype)}, which is not supported")
-    stored = Stored(path, DTYPES[dtype], tuple(shape), start + begin)
-    if end - begin != stored.size:
-        raise ValueError(
-            f"{path} is damaged: {plain(name)} takes {end - begin} bytes, "
-            f"its shape {list(shape)} in {dtype} needs {stored.size}"
-        )
-    return stored
+        with safe_open(path, "numpy") as header:
+            for name in header.offset_keys():
+                entry = header.get_slice(name)
+                dtype = DTYPES.get(entry.get_dtype())
+                if dtype is None:
+                    raise ValueError(f"it stores {plain(name)} as {entry.get_dtype()}")
+                tensors[name] = Stored(path, dtype, tuple(entry.get_shape()), offset)
+                offset += tensors[name].size
+    except (SafetensorError, ValueError, OverflowError, OSError, MemoryError) as error:
+        raise ValueError(f"{path} is no sound safetensors file: {reason(error)}") from None
+    return tensors
 
 
 def read_rows(t: Stored, start: int, stop: int) -> Tensor:
     """Rows start..stop of a stored tensor along its first dimension, as stored."""
     if t.data is not None:
         return t.data[start:stop]
-    buffer = bytearray((stop - start) * t.row_bytes)
+    row = t.size // t.shape[0]
+    buffer = bytearray((stop - start) * row)
     with open(t.file, "rb") as file:
-        file.seek(t.offset + start * t.row_bytes)
+        file.seek(t.offset + start * row)
         if file.readinto(buffer) != len(buffer):
             raise ValueError(f"{t.file} ends before its tensors do: it changed while being read")
     return torch.frombuffer(buffer, dtype=t.dtype).reshape(stop - start, *t.shape[1:])
@@ -151,7 +123,7 @@ def read_rows(t: Stored, start: int, stop: int) -> Tensor:
 
 def row_chunks(t: Stored, start: int, stop: int) -> Iterator[tuple[int, int]]:
     """(first, last + 1) rows of pieces of about CHUNK bytes that cover start..stop."""
-    rows = max(1, CHUNK // t.row_bytes)
+    rows = max(1, CHUNK * t.shape[0] // max(1, t.size))
     for first in range(start, stop, rows):
         yield first, min(first + rows, stop)
 
@@ -192,8 +164,7 @@ def _unpickle(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # neither has an error of its own for damaged files
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} cannot be read by torch.load: {reason:.200}") from None
+        raise ValueError(f"{path} cannot be read by torch.load: {reason(error)}") from None
 
 
 def shape_of(stored: Tensors, name: str, dims: int) -> tuple[int, ...]:
@@ -216,56 +187,42 @@ def read_json(path: Path) -> dict[str, Any]:
     size = file_size(path)
     if size > MAX_JSON:
         raise ValueError(f"{path} has {size} bytes, a JSON file here has at most {MAX_JSON}")
-    return parse_json(path.read_bytes(), path)
-
-
-def parse_json(data: bytes, path: Path) -> dict[str, Any]:
-    """The JSON object that data, read from path, holds; ValueError for anything else."""
+    data = path.read_bytes()
     try:
         if data.count(b"{") + data.count(b"[") > MAX_BRACKETS:
             raise ValueError(f"more than {MAX_BRACKETS} lists and objects")
         value = json.loads(data.decode("utf-8"))
-        level, depth = [value], 0
-        while level := [inner for outer in level for inner in _inside(outer)]:
-            depth += 1
-            if depth > MAX_DEPTH:
-                raise ValueError(f"nested more than {MAX_DEPTH} deep")
+        level = [value]
+        for _ in range(MAX_DEPTH):
+            level = [inner for outer in level for inner in _inside(outer)]
+        if level:
+            raise ValueError(f"nested more than {MAX_DEPTH} deep")
         if b"\\u" in data:
             json.dumps(value, ensure_ascii=False).encode()  # lone surrogates are no text
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} does not hold JSON: {error}") from None
+        raise ValueError(f"{path} does not hold JSON: {reason(error)}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}, must be an object")
     return value
 
 
-def _inside(value: Any) -> Iterable[Any]:
-    if isinstance(value, dict):
-        return value.values()
-    return value if isinstance(value, list) else ()
-
-
-def short(value: Any, most: int = 80) -> str:
-    """A value out of a file for a message: one line, cut where it is long."""
-    text = repr(value[:most] if isinstance(value, str) else value)
-    return text if len(text) <= most else text[: most - 3] + "..."
+def _inside(value: Any) -> list[Any]:
+    return [*value.values()] if isinstance(value, dict) else value if type(value) is list else []
 
 
 def plain(name: str) -> str:
     """A name out of a file for a message: as it is, if that is short and printable."""
-    return name if len(name) <= 200 and name.isprintable() and name else short(name)
+    return name if 0 < len(name) <= 200 and name.isprintable() else short(name)
 
 
 def file_size(path: Path) -> int:
     """Bytes of a file; FileNotFoundError or ValueError where it cannot be read."""
     try:
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no file {path}")
-        return path.stat().st_size
+        if path.is_file():
+            return path.stat().st_size
     except (OSError, ValueError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise ValueError(f"cannot read {path}: {error}") from None
+        raise ValueError(f"cannot read {short(str(path))}: {reason(error)}") from None
+    raise FileNotFoundError(f"there is no file {path}")
 
 
 def weights_name(component: str) -> str:
@@ -281,20 +238,18 @@ def find_tensors(folder: Path, name: str) -> dict[str, Stored]:
     """
     there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     form = re.compile(
-        rf"{name}(?:(\.\w+)?(-\d+-of-\d+)?\.safetensors|\.safetensors\.index(\.\w+)?(\.json))"
+        rf"{name}(?:(\.\w+)?(-\d+-of-\d+)?\.safetensors|\.safetensors\.index(\.\w+)?\.json)"
     )
-    variants: dict[str, dict[str, list[str]]] = {}
+    variants: dict[str, list[str]] = {}
     for file in there:
         if match := form.fullmatch(file):
-            what = "index" if match[4] else "shards" if match[2] else "file"
-            files = variants.setdefault(match[1] or match[3] or "", {})
-            files.setdefault(what, []).append(file)
-    for variant, files in sorted(variants.items()):
-        if "file" in files:
-            return read_header(folder / files["file"][0])
-        if "index" in files:
-            return _indexed(folder, files["index"][0])
-        return _unindexed(folder, name + variant, files["shards"])
+            variants.setdefault(match[1] or match[3] or "", []).append(file)
+    if variants:
+        variant, files = min(variants.items())
+        if f"{name}{variant}.safetensors" in files:
+            return read_header(folder / f"{name}{variant}.safetensors")
+        index = f"{name}.safetensors.index{variant}.json"
+        return _indexed(folder / index) if index in files else _unindexed(folder, files)
     for file in there:
         if Path(file).suffix in (*FOREIGN, ".pth", ".pt"):
             raise FileNotFoundError(
@@ -304,38 +259,30 @@ def find_tensors(folder: Path, name: str) -> dict[str, Stored]:
     raise FileNotFoundError(f"there is no {name}.safetensors in {folder}")
 
 
-def _indexed(folder: Path, index: str) -> dict[str, Stored]:
+def _indexed(path: Path) -> dict[str, Stored]:
     """Sharded tensors, each from the shard where the index says it is."""
-    where = read_json(folder / index).get("weight_map")
+    where = read_json(path).get("weight_map")
     if not isinstance(where, dict) or not all(type(file) is str for file in where.values()):
-        raise ValueError(f"{folder / index} has no weight_map of tensor names to file names")
-    files = sorted(set(where.values()))
-    for file in files:
-        if Path(file).name != file or not file.endswith(".safetensors") or not file.isprintable():
-            raise ValueError(
-                f"{folder / index} names the shard {plain(file)}, which is no file name"
-            )
-    merged = _merge(folder, files)
-    for name, file in where.items():
-        if name not in merged or merged[name].file.name != file:
-            raise ValueError(
-                f"{folder / index} says that {plain(name)} is in {file}, but it is not"
-            )
-    lost = sorted(set(merged) - set(where))
-    if lost:
-        raise ValueError(f"{folder / index} does not list {plain(lost[0])}, which is in a shard")
+        raise ValueError(f"{path} has no weight_map of tensor names to file names")
+    for file in where.values():
+        if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", file):
+            raise ValueError(f"{path} names the shard {plain(file)}, which is no file name")
+    merged = _merge(path.parent, sorted(set(where.values())))
+    there = {name: tensor.file.name for name, tensor in merged.items()}
+    for name in sorted(where.keys() | there.keys()):
+        said, found = where.get(name, "no file"), there.get(name, "no file")
+        if said != found:
+            raise ValueError(f"{path} says that {plain(name)} is in {said}, but it is in {found}")
     return merged
 
 
-def _unindexed(folder: Path, name: str, shards: list[str]) -> dict[str, Stored]:
+def _unindexed(folder: Path, shards: list[str]) -> dict[str, Stored]:
     """Shards 1..N as their own names count them."""
-    counts = sorted({shard.rsplit("-of-", 1)[1] for shard in shards})
-    if len(counts) > 1:
-        raise ValueError(f"{folder} mixes shards of {' and of '.join(counts)}")
-    total = int(counts[0].removesuffix(".safetensors"))
-    if total != len(shards):
+    counts = sorted({int(shard.removesuffix(".safetensors").rsplit("-", 1)[1]) for shard in shards})
+    if counts != [len(shards)]:
         raise FileNotFoundError(
-            f"{folder} has {len(shards)} of the {total} shards of {name}: fetch the others"
+            f"{folder} has {len(shards)} of the {' or '.join(map(str, counts))} shards that their "
+            "names count: fetch the others"
         )
     return _merge(folder, shards)
 
@@ -344,10 +291,10 @@ def _merge(folder: Path, shards: list[str]) -> dict[str, Stored]:
     """The tensors of all shards together; none may be in two."""
     merged: dict[str, Stored] = {}
     for shard in shards:
-        tensors = read_header(folder / shard)
-        twice = sorted(set(merged) & set(tensors))
-        if twice:
-            other = merged[twice[0]].file.name
-            raise ValueError(f"{plain(twice[0])} is in two shards of {folder}: {other} and {shard}")
-        merged.update(tensors)
+        for name, tensor in read_header(folder / shard).items():
+            if merged.setdefault(name, tensor) is not tensor:
+                raise ValueError(
+                    f"{plain(name)} is in two shards of {folder}: {merged[name].file.name} and "
+                    f"{shard}"
+                )
     return merged

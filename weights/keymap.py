@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from minidit.scheduler import SchedulerConfig
@@ -202,9 +203,11 @@ def write_out(value: Tensor, recipe: Recipe) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     at = 0
     for name, start, stop in recipe.pieces:
-        target = out.setdefault(name, value.new_empty(recipe.shape))
-        target[start:stop] = value[at : at + stop - start].reshape(target[start:stop].shape)
+        rows = value[at : at + stop - start]
+        other = out.get(name)
+        out[name] = rows if other is None else torch.cat((other, rows) if start else (rows, other))
         at += stop - start
+    out = {name: tensor.reshape(recipe.shape) for name, tensor in out.items()}
     if recipe.copy:
-        out[recipe.copy] = out[recipe.pieces[0].name]
+        out[recipe.copy] = out[recipe.pieces[0].name].clone()
     return out

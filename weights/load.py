@@ -3,14 +3,11 @@ every place its tensor.
 
 Two layouts are published: a folder with one subfolder per component (the diffusers layout), and
 single files in their authors' own names, with encoders and tokenizers beside them. What is there is
-found from names and headers, and all of it is checked before any data is read. A module is built
-without memory, then filled from the files a few megabytes at a time, converting on the way, so that
-loading needs the module's own size and little more.
+found from names and headers, and all of it is checked before any data is read.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from os import PathLike
@@ -20,12 +17,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from minidit import checks
+from minidit.checks import short
 from minidit.scheduler import SchedulerConfig
 from weights import lumina
 from weights.common import is_clip_l
 from weights.config import config_from
-from weights.files import COMPONENTS, FOREIGN, plain, read_header, read_json, read_torch, short
-from weights.keymap import Family, Recipe
+from weights.files import COMPONENTS, FOREIGN, plain, read_header, read_json, read_torch
+from weights.keymap import Family
 from weights.networks import (
     FAMILIES,
     Model,
@@ -33,9 +32,9 @@ from weights.networks import (
     build,
     class_of,
     family_of,
+    fill,
     kinds,
     read_config,
-    read_into,
     read_part,
     sized_part,
 )
@@ -137,44 +136,14 @@ def load_module(
     return fill(*build(part, device.type != "meta"), part, device, dtype)
 
 
-def fill(
-    module: nn.Module,
-    plan: dict[str, Recipe],
-    part: Part,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> nn.Module:
-    """The module that `build` made of a part, with the part's data on a device."""
-    module.to(dtype)
-    if device.type == "meta":
-        return module
-    try:
-        module.to_empty(device=device)
-    except (RuntimeError, MemoryError) as error:
-        size = sum(math.prod(t.shape) for t in module.state_dict().values()) * dtype.itemsize
-        raise MemoryError(
-            f"{part.where} needs {size / 1e9:.1f} GB on {device} in {dtype}, which could not be "
-            f"had: try a smaller dtype, or keep parts off the device with offload ({error})"
-        ) from None
-    for name, tensor in module.state_dict().items():
-        read_into(tensor, plan[name], part.stored)
-    return module
-
-
 def check_target(
     device: str | torch.device, dtype: torch.dtype
 ) -> tuple[torch.device, torch.dtype]:
     """device and dtype as torch objects; ValueError for what cannot hold a model."""
     allowed = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     if dtype not in allowed:
-        raise ValueError(f"dtype is {dtype!r}, must be one of {', '.join(map(str, allowed))}")
-    try:
-        device = torch.device(device)
-        torch.empty(0, device=device)
-    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error).splitlines() or ["unknown"])[0]
-        raise ValueError(f"device {str(device)!r} is not available here: {reason}") from None
-    return device, dtype
+        raise ValueError(f"dtype is {short(dtype)}, must be one of {', '.join(map(str, allowed))}")
+    return checks.device(device), dtype
 
 
 def find_model(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from minidit.checks import short
 from minidit.nextdit import NextDiT, NextDiTConfig
 from minidit.scheduler import SchedulerConfig
-from weights.files import Stored, Tensors, count, read_namespace, shape_of, short
+from weights.files import Stored, Tensors, count, read_namespace, shape_of
 from weights.keymap import Family, Network, Same, Source, Table
 
 # Lumina-T2X's files, best first; the averaged weights are what its own script samples with

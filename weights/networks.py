@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from minidit.checks import reason, short
 from minidit.scheduler import SchedulerConfig
 from weights import common, flux, lumina, lumina2, sd3
 from weights.config import config_from
@@ -21,7 +22,6 @@ from weights.files import (
     read_json,
     read_rows,
     row_chunks,
-    short,
     weights_name,
 )
 from weights.keymap import Network, Recipe, recipes
@@ -144,9 +144,11 @@ def build(part: Part, compare: bool = False) -> tuple[nn.Module, dict[str, Recip
     compare  look into the data whether tensors that should be copies of others are
     Raises ValueError if the files do not fit the network exactly.
     """
-    network = NETWORKS[part.kind]
+    network, config = NETWORKS[part.kind], part.config
     name = network.module.__name__
-    depth = math.prod(_depths(part.config))
+    values = {f.name: getattr(config, f.name) for f in fields(config)}
+    numbers = [n for field, n in values.items() if "layers" in field and type(n) is int]
+    depth = math.prod(numbers) * len(values.get("block_out_channels", "1"))
     if depth > len(part.stored):  # before they are all built
         raise ValueError(
             f"{part.where}: the config makes {depth} layers, but the files have only "
@@ -154,20 +156,17 @@ def build(part: Part, compare: bool = False) -> tuple[nn.Module, dict[str, Recip
         )
     try:
         with torch.device("meta"):
-            module = network.module(part.config).eval().requires_grad_(False)
+            module = network.module(config).eval().requires_grad_(False)
     except (RuntimeError, TypeError, OverflowError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{part.where}: its sizes make no {name}: {reason}") from None
+        raise ValueError(f"{part.where}: its sizes make no {name}: {reason(error)}") from None
     plan = plan_of(part.kind, part.layout, module, part.stored)
     _check(plan, part.stored, network.ignore, f"{part.where} does not fit {name}")
     for recipe in plan.values():
         if compare and not _copied(recipe, part.stored):
             if part.kind == "nextdit":
-                return build(part._replace(config=replace(part.config, two_queries=True)))
-            raise ValueError(
-                f"{part.where} holds {' and '.join(recipe.names)}, which must be the same and are "
-                "not"
-            )
+                return build(part._replace(config=replace(config, two_queries=True)))
+            one, other = recipe.names
+            raise ValueError(f"{part.where}: {one} and {other} must be the same and are not")
     return module, plan
 
 
@@ -181,31 +180,22 @@ def plan_of(
     return recipes(table, network.layouts.index(layout), shapes)
 
 
-def _depths(config: Any) -> list[int]:
-    """The numbers in a config that multiply the layers to be built."""
-    values = {f.name: getattr(config, f.name) for f in fields(config)}
-    depths = [v for name, v in values.items() if "layers" in name and type(v) is int]
-    return [*depths, len(values.get("block_out_channels", "1"))]
-
-
 def _check(plan: Mapping[str, Recipe], stored: Tensors, ignore: tuple[str, ...], what: str) -> None:
     """Raise one ValueError that lists missing, unexpected, mis-shaped and non-float tensors."""
     wanted = {name: recipe.shape for recipe in plan.values() for name in recipe.names}
-    there = [name for name in wanted if name in stored]
-    faults = {
+    faults: dict[str, list[str]] = {
         "missing": [name for name in wanted if name not in stored],
         "unexpected": [plain(n) for n in stored if n not in wanted and n not in ignore],
-        "of another shape": [
-            f"{name} is {list(stored[name].shape)} and must be {list(wanted[name])}"
-            for name in there
-            if stored[name].shape != wanted[name]
-        ],
-        "not floating point": [
-            f"{name} is {stored[name].dtype}"
-            for name in there
-            if not stored[name].dtype.is_floating_point
-        ],
+        "of another shape": [],
+        "not floating point": [],
     }
+    for name in [name for name in wanted if name in stored]:
+        shape, dtype = stored[name].shape, stored[name].dtype
+        if shape != wanted[name]:
+            said = f"{name} is {list(shape)} and must be {list(wanted[name])}"
+            faults["of another shape"].append(said)
+        if not dtype.is_floating_point:
+            faults["not floating point"].append(f"{name} is {dtype}")
     said = [
         f"{len(names)} tensors {fault} ({', '.join([*names[:10], *(['...'] * (len(names) > 10))])})"
         for fault, names in faults.items()
@@ -215,10 +205,50 @@ def _check(plan: Mapping[str, Recipe], stored: Tensors, ignore: tuple[str, ...],
         raise ValueError(f"{what}: {'; '.join(said)}")
 
 
-def read_into(out: Tensor, recipe: Recipe, stored: Tensors) -> None:
-    """Fill a tensor of ours from the files, a few megabytes at a time, in its own dtype."""
+def _copied(recipe: Recipe, stored: Tensors) -> bool:
+    """Whether the file holds the same numbers in the copy of a tensor, if there is one."""
+    for name, start, stop in recipe.pieces if recipe.copy else ():
+        for rows in row_chunks(stored[name], start, stop):
+            one, other = (read_rows(stored[n], *rows).float() for n in recipe.names)
+            if not torch.allclose(one, other, rtol=0, atol=0, equal_nan=True):
+                return False
+    return True
+
+
+def fill(
+    module: nn.Module,
+    plan: Mapping[str, Recipe],
+    part: Part,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """The module that `build` made of a part, with the part's data on a device.
+
+    It is read a few megabytes at a time and converted on the way, so that loading needs the
+    module's own size and little more. dtype None keeps what is stored.
+    """
+    widest = max((t.dtype for t in part.stored.values()), key=lambda dtype: dtype.itemsize)
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        found = {part.stored[n].dtype for n in plan[name].names} if name in plan else set()
+        tensor.data = tensor.data.to(dtype or (found.pop() if len(found) == 1 else widest))
+    if device.type == "meta":
+        return module
+    try:
+        module.to_empty(device=device)
+    except (RuntimeError, MemoryError) as error:
+        size = sum(tensor.nbytes for tensor in module.state_dict().values())
+        raise MemoryError(
+            f"{part.where} needs {size / 1e9:.1f} GB on {device}, which could not be had: try a "
+            f"smaller dtype, or keep parts off the device with offload ({reason(error)})"
+        ) from None
+    for name, tensor in module.state_dict().items():
+        _read_into(tensor, plan[name], part.stored)
+    return module
+
+
+def _read_into(out: Tensor, recipe: Recipe, stored: Tensors) -> None:
     if not recipe.pieces:
-        out.copy_(torch.eye(*out.shape, dtype=out.dtype))
+        out.copy_(torch.eye(*out.shape))
     at = 0
     for name, start, stop in recipe.pieces:
         for first, last in row_chunks(stored[name], start, stop):
@@ -228,13 +258,3 @@ def read_into(out: Tensor, recipe: Recipe, stored: Tensors) -> None:
             target = out[at : at + last - first]
             target.copy_(rows.reshape(target.shape))
             at += last - first
-
-
-def _copied(recipe: Recipe, stored: Tensors) -> bool:
-    """Whether the file holds the same numbers in the copy of a tensor, if there is one."""
-    for name, start, stop in recipe.pieces if recipe.copy else ():
-        for rows in row_chunks(stored[name], start, stop):
-            one, other = (read_rows(stored[n], *rows).float() for n in (name, recipe.copy))
-            if not torch.allclose(one, other, rtol=0, atol=0, equal_nan=True):
-                return False
-    return True

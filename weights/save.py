@@ -1,13 +1,12 @@
 """Models written as folders in the diffusers layout: what is in memory, or what is in other files.
 
-From files it goes tensor by tensor, in the type it is stored in, so that a model larger than the
-memory can be converted, and what is loaded from either is the same to the bit.
+Files are converted a component at a time, in the type they are stored in, so that what is loaded
+from either is the same to the bit.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -15,36 +14,16 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minidit.scheduler import SchedulerConfig
-from weights.files import DTYPES, weights_name
-from weights.keymap import Family, Recipe, write_out
-from weights.networks import (
-    CLASSES,
-    FAMILIES,
-    NETWORKS,
-    Model,
-    Part,
-    build,
-    family_of,
-    plan_of,
-    read_into,
-)
-
-TAGS = {dtype: tag for tag, dtype in DTYPES.items()}
-
-
-class Output(NamedTuple):
-    """A network to write: config.json, and for every tensor of ours what to make of it."""
-
-    config: dict[str, Any]
-    plan: Mapping[str, Recipe]
-    dtypes: Mapping[str, torch.dtype]
-    read: Callable[[str], Tensor]  # name of ours -> the tensor, in its dtype, on the CPU
+from weights.files import weights_name
+from weights.keymap import Family, write_out
+from weights.networks import CLASSES, FAMILIES, NETWORKS, Model, build, family_of, fill, plan_of
 
 
 def save(pipe: Any, folder: str | PathLike[str], dtype: torch.dtype | None = None) -> None:
@@ -55,22 +34,25 @@ def save(pipe: Any, folder: str | PathLike[str], dtype: torch.dtype | None = Non
     it is written; what stops the writing leaves nothing.
     Raises FileExistsError if the folder is there, ValueError for a pipeline that cannot be written.
     """
-    kind = kind_of(getattr(pipe, "transformer", None))
-    family = FAMILIES[family_of(kind) or ""]
-    outputs, tokenizers = {}, {}
-    for name, cls in family.components.items():
+    family = FAMILIES[family_of(kind_of(getattr(pipe, "transformer", None))) or ""]
+    networks, tokenizers = {}, {}
+    for name in family.components:
         part = getattr(pipe, name, None)
         if part is None:
             if name not in family.optional:
                 raise ValueError(f"the pipeline has no {name}, which {family.title} needs")
         elif isinstance(part, nn.Module):
-            outputs[name] = from_module(part, cls, dtype)
+            if any(tensor.is_meta for tensor in part.state_dict().values()):
+                raise ValueError(f"the {name} is on the meta device: it has no data")
+            networks[name] = part
         elif part.folder is None or not part.folder.is_dir():
             raise ValueError(f"the files of {name} are not there: its folder is {part.folder}")
         else:
             tokenizers[name] = part.folder
     with new_folder(folder) as partial:
-        _write(partial, family, outputs, tokenizers, pipe.scheduler, {*outputs, *tokenizers})
+        for name, module in networks.items():
+            write_network(module, partial / name, dtype, family.components[name])
+        _write_rest(partial, family, tokenizers, pipe.scheduler, {*networks, *tokenizers})
 
 
 def convert(
@@ -79,21 +61,24 @@ def convert(
     """Write a model in any layout as the folder `out` in the diffusers layout.
 
     What the model lacks (a single file has no tokenizers) is left out. `out` appears when all of it
-    is written; what stops the writing leaves nothing.
+    is written; what stops the writing leaves nothing. It takes the memory of the largest component.
     Raises FileExistsError if `out` is there, ValueError or FileNotFoundError for the model.
     """
     family = FAMILIES.get(model.family or "")
-    outputs = {
-        name: from_part(part, family.components[name] if family else None)
-        for name, part in model.parts.items()
-        if name not in model.missing
-    }
-    if not outputs:
+    parts = {name: part for name, part in model.parts.items() if name not in model.missing}
+    if not parts:
         raise FileNotFoundError(f"{model.where} has no weights to convert")
+    built = {name: build(part, compare=True) for name, part in parts.items()}
     with new_folder(out) as partial:
+        for name, part in parts.items():
+            report(f"writing {name}")
+            module = fill(*built.pop(name), part, torch.device("cpu"))
+            cls = family.components[name] if family else None
+            write_network(module, partial / name, None, cls, part.given)
+            del module
         # what is needed and missing is listed, too, so that loading can say so
-        needed = {*outputs, *model.tokenizers, *model.missing}
-        _write(partial, family, outputs, model.tokenizers, model.scheduler, needed, report)
+        listed = {*parts, *model.tokenizers, *model.missing}
+        _write_rest(partial, family, model.tokenizers, model.scheduler, listed)
 
 
 @contextmanager
@@ -114,19 +99,38 @@ def new_folder(out: str | PathLike[str]) -> Iterator[Path]:
         raise
 
 
-def _write(
+def write_network(
+    module: nn.Module,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    cls: str | None = None,
+    given: Mapping[str, Any] = {},
+) -> None:
+    """One component's folder: config.json and a .safetensors file with the official names.
+
+    dtype   None keeps the types that the tensors have
+    cls     the class of the official libraries that will read it, where there are several
+    given   config.json as it was, where there was one
+    """
+    kind = kind_of(module)
+    cls = cls or next(iter(NETWORKS[kind].classes))
+    plan = plan_of(kind, CLASSES[cls][1], module)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in module.state_dict().items():
+        tensors |= write_out(tensor.to("cpu", dtype), plan[name])
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", _config(kind, module.config, cls, given))
+    save_file(tensors, folder / f"{weights_name(folder.name)}.safetensors", {"format": "pt"})
+
+
+def _write_rest(
     folder: Path,
     family: Family | None,
-    outputs: Mapping[str, Output],
     tokenizers: Mapping[str, Path],
     scheduler: SchedulerConfig | None,
     listed: set[str],
-    report: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Everything of a model; listed are the components that model_index.json names."""
-    for name, output in outputs.items():
-        report(f"writing {name}")
-        write_network(output, folder / name, weights_name(name))
+    """What is not a network; listed are the components that model_index.json names."""
     for name, source in tokenizers.items():
         (folder / name).mkdir()
         for file in source.iterdir():
@@ -152,70 +156,6 @@ def kind_of(module: Any) -> str:
     if not kinds:
         raise ValueError(f"a {type(module).__name__} is none of the networks known here")
     return kinds[0] if len(kinds) == 1 else module.config.model_type  # Gemma and Gemma 2
-
-
-def from_module(
-    module: nn.Module, cls: str | None = None, dtype: torch.dtype | None = None
-) -> Output:
-    """A network in memory, to be written as a class of the official libraries in a dtype."""
-    kind = kind_of(module)
-    cls = cls or next(iter(NETWORKS[kind].classes))
-    state = module.state_dict()
-    if any(tensor.is_meta for tensor in state.values()):
-        raise ValueError(f"the {type(module).__name__} is on the meta device: it has no data")
-    return Output(
-        _config(kind, module.config, cls, {}),
-        plan_of(kind, CLASSES[cls][1], module),
-        {name: dtype or tensor.dtype for name, tensor in state.items()},
-        lambda name: state[name].to("cpu", dtype),
-    )
-
-
-def from_part(part: Part, cls: str | None = None) -> Output:
-    """A network in files, to be written as a class of the official libraries."""
-    cls = cls or next(iter(NETWORKS[part.kind].classes))
-    module, plan = build(part, compare=True)
-    fallback = next(iter(part.stored.values())).dtype  # for what is in no file: CLIP's identity
-    dtypes = {}
-    for name, recipe in plan.items():
-        found = {part.stored[theirs].dtype for theirs in recipe.names} or {fallback}
-        dtypes[name] = found.pop() if len(found) == 1 else torch.float32
-        if not recipe.pieces and dtypes[name].itemsize == 1:
-            dtypes[name] = torch.float16  # torch.eye knows no eight-bit floats
-    shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
-
-    def read(name: str) -> Tensor:
-        value = torch.empty(shapes[name], dtype=dtypes[name])
-        read_into(value, plan[name], part.stored)
-        return value
-
-    config = _config(part.kind, module.config, cls, part.given)
-    return Output(config, plan_of(part.kind, CLASSES[cls][1], module), dtypes, read)
-
-
-def write_network(output: Output, folder: Path, name: str) -> None:
-    """A component folder: config.json, and a .safetensors file, header first, then one tensor of
-    ours after the other."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", output.config)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for ours, recipe in output.plan.items():
-        dtype = output.dtypes[ours]
-        size = math.prod(recipe.shape) * dtype.itemsize
-        for theirs in recipe.names:
-            place = {"shape": list(recipe.shape), "data_offsets": [end, end + size]}
-            header[theirs] = {"dtype": TAGS[dtype], **place}
-            end += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8
-    with open(folder / f"{name}.safetensors", "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for ours, recipe in output.plan.items():
-            written = write_out(output.read(ours), recipe)
-            for theirs in recipe.names:
-                data = written[theirs].contiguous().flatten()
-                file.write(data.view(torch.uint8).numpy().data)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

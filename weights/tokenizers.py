@@ -7,8 +7,9 @@ from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
+from minidit.checks import short
 from minidit.tokenizers import CLIPTokenizer, SentencePieceTokenizer
-from weights.files import file_size, read_json, short
+from weights.files import file_size, read_json
 
 # the main file, which tells the kind -> what else is read
 FILES = {

@@ -20,10 +20,11 @@ from tqdm import tqdm
 
 from minidit.vae import AutoencoderKL
 from training import emoji, models
-from training.files import save, write_json, write_network
+from training.files import save, write_json
 from training.optim import autocast
 from training.vocabulary import write_tokenizers
 from weights.load import load_component
+from weights.save import write_network
 
 
 def train_vae(
@@ -94,7 +95,7 @@ def train_vae(
         config = replace(config, shift_factor=round(shift, 4))
     final = AutoencoderKL(config)
     final.load_state_dict(average.state_dict())
-    write_network(final, run / "vae")
+    write_network(final, run / "vae", torch.bfloat16)
 
 
 def prepare(family: str, run: Path, packages: Path, sizes: list[int], colours: int) -> None:

@@ -8,13 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import minidit
-import weights.save
 from minidit.scheduler import SchedulerConfig
 from training import models
-from weights.files import weights_name
 
 
 def save(state: Any, path: Path) -> None:
@@ -28,12 +25,6 @@ def save(state: Any, path: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")
-
-
-def write_network(module: nn.Module, folder: Path) -> None:
-    """One network as config.json and a bfloat16 safetensors file with the official names."""
-    output = weights.save.from_module(module, dtype=torch.bfloat16)
-    weights.save.write_network(output, folder, weights_name(folder.name))
 
 
 def export(family: str, run: Path, out: Path, scheduler: SchedulerConfig) -> None:
