@@ -13,37 +13,32 @@ from PIL import Image
 from test_examples import EXAMPLES, run  # noqa: F401
 
 EVALUATE = ["--model", str(GOLDENS / "pipe_sd3"), "--prompts", "a cat", "a dog", "--seeds", "2"]
-EVALUATE += ["--out", "e", "--size", "48", "--ode-steps", "24"]
-EVALUATE += ["--methods", "corrected", "ours", "ours, steps left out", "paper"]
+EVALUATE += ["--out", "e", "--size", "48", "--ode-steps", "16", "--steps", "6", "10"]
+EVALUATE += ["--methods", "corrected", "ours", "ours, steps left out"]
 
 
-def test_evaluate_resumes_and_makes_the_same_table(run, tmp_path, capsys):  # noqa: F811
+def test_evaluate_counts_evaluations_and_resumes_to_the_same_table(run, tmp_path, capsys):  # noqa: F811
     run("evaluate", *EVALUATE, "--plot", "e.png")
     table = capsys.readouterr().out
     lines = (tmp_path / "e" / "rows.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    assert len(rows) == (6 + 6 + 6 + 4) * 2 * 2
+    assert len(rows) == 3 * 2 * 2 * 2  # methods, costs, prompts, seeds
     assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == [
-        "| corrected", "| ours", "| ours, steps left out", "| paper"
+        "| corrected", "| ours", "| ours, steps left out"
     ]  # fmt: skip
     assert Image.open(tmp_path / "e.png").width > 600
-    (tmp_path / "e" / "rows.jsonl").write_text("\n".join(lines[:7]) + '\n{"key": ["co')
-    run("evaluate", *EVALUATE)
-    assert capsys.readouterr().out == table
-
-
-def test_nearer_with_more_evaluations_and_no_regional_step_is_counted_whole(run, tmp_path):  # noqa: F811
-    run("evaluate", *EVALUATE)
-    rows = map(json.loads, (tmp_path / "e" / "rows.jsonl").read_text().splitlines())
     rows = [row for row in rows if row["key"][4:] == ["a cat", 0]]
     costs = {
-        name: [r["evaluations"] for r in rows if r["key"][2] == name] for name in EVALUATE[-4:]
+        name: [r["evaluations"] for r in rows if r["key"][2] == name] for name in EVALUATE[-3:]
     }
-    assert costs["corrected"] == [6, 8, 10, 12, 14, 18]
-    for dense, ours, skipped in zip(*list(costs.values())[:3], strict=True):
+    assert costs["corrected"] == [6, 10]
+    for dense, ours, skipped in zip(*costs.values(), strict=True):
         assert skipped < ours < dense
     snr = [row["snr"] for row in rows if row["key"][2] == "corrected"]
     assert snr[-1] > snr[0]
+    (tmp_path / "e" / "rows.jsonl").write_text("\n".join(lines[:7]) + '\n{"key": ["co')
+    run("evaluate", *EVALUATE)
+    assert capsys.readouterr().out == table
 
 
 @pytest.mark.slow

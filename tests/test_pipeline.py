@@ -95,7 +95,7 @@ def test_embedded_model_draws_what_diffusers_draws_from_it(model, guidance):
         "smiling face with sunglasses on a navy blue background",
     ]
     pipe = minidit.load(model)
-    out = pipe(prompts, steps=12, guidance=guidance, latents=initial)
+    out = pipe(prompts, steps=12, guidance=guidance, latents=initial, solver="euler")
     assert (out.latents - expected).abs().max() < 1e-3
     # the prompt's background: sky blue is (135, 206, 235), navy blue (10, 20, 90)
     for image, colour in zip(out.images, ((135, 206, 235), (10, 20, 90)), strict=True):
@@ -214,7 +214,7 @@ def test_solvers_differ_and_euler_is_the_official_one(pipe):
 def test_ras_and_callback_go_through(pipe):
     seen = []
     out = draw(
-        pipe, seed=0, steps=5, ras=RASConfig(start=2, refresh=0), num_images=2,
+        pipe, seed=0, steps=5, ras=RASConfig(start=2, end=None, refresh=0), num_images=2,
         callback=lambda step, *_: seen.append(step),
     )  # fmt: skip
     assert seen == [0, 1, 2, 3, 4]
@@ -397,7 +397,7 @@ def test_skip_layer_guidance_works_with_regions(skip_start, passes):
     dense = velocities(None)
     assert [batch for batch, *_ in calls] == [4] * (5 - passes) + [4, 2] * passes
     calls.clear()
-    regional = velocities(RASConfig(ratio=0.5, start=2, refresh=0))
+    regional = velocities(RASConfig(ratio=0.5, start=2, end=None, refresh=0))
     for (all_of_it, _), (some_of_it, active) in zip(dense, regional, strict=True):
         if active is not None:
             a, b = (patchify(v, 2).flatten(2) for v in (all_of_it, some_of_it))  # (B, N, P*P*C)

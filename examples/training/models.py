@@ -50,9 +50,7 @@ def new_pipeline(family: str, run: Path, device: torch.device) -> Pipeline:
             transformer=transformer, text_encoder=gemma, tokenizer=tokenizer, **shared
         ).to(device)
     second, third = (load_component(run / family, f"tokenizer_{i}") for i in (2, 3))
-    transformer, clip, clip_2, t5 = sd3_networks(
-        len(tokenizer.vocab), third.model.get_piece_size()
-    )
+    transformer, clip, clip_2, t5 = sd3_networks(len(tokenizer.vocab), third.model.get_piece_size())
     return Pipeline(
         transformer=transformer, text_encoder=clip, text_encoder_2=clip_2, text_encoder_3=t5,
         tokenizer=tokenizer, tokenizer_2=second, tokenizer_3=third, **shared,
