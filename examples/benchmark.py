@@ -20,7 +20,16 @@ from statistics import median
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from minidit import Flux, FluxConfig, MMDiT, MMDiTConfig, NextDiT, NextDiTConfig
+from minidit import (
+    Flux,
+    FluxConfig,
+    Lumina2,
+    Lumina2Config,
+    MMDiT,
+    MMDiTConfig,
+    NextDiT,
+    NextDiTConfig,
+)
 from ras import KVCache
 
 VARIANTS = {  # the official configs
@@ -33,9 +42,14 @@ VARIANTS = {  # the official configs
     ),
     "lumina": NextDiTConfig(),
     "flux": FluxConfig(guidance_embeds=True),
+    "lumina2": Lumina2Config(),
 }
-NETWORKS = {MMDiTConfig: MMDiT, NextDiTConfig: NextDiT, FluxConfig: Flux}
-TEXT_TOKENS = {"sd3": 333, "sd3.5-medium": 333, "sd3.5-large": 333, "lumina": 32, "flux": 512}
+NETWORKS = {
+    MMDiTConfig: MMDiT, NextDiTConfig: NextDiT, FluxConfig: Flux, Lumina2Config: Lumina2,
+}  # fmt: skip
+TEXT_TOKENS = {
+    "sd3": 333, "sd3.5-medium": 333, "sd3.5-large": 333, "lumina": 32, "flux": 512, "lumina2": 64,
+}  # fmt: skip
 
 
 def main() -> None:
@@ -117,10 +131,13 @@ class Step:
         self.latents = torch.randn(B, channels, side, side, **make)
         self.sigma = torch.full((B,), 0.5, device=device)
         length = TEXT_TOKENS[args.family]
-        if args.family == "lumina":
-            context = torch.randn(B, length, config.cross_attention_dim, **make)
+        if args.family in ("lumina", "lumina2"):
+            width = config.cross_attention_dim if args.family == "lumina" else config.cap_feat_dim
+            context = torch.randn(B, length, width, **make)
             mask = torch.ones(B, length, dtype=torch.bool, device=device)
             self.cond = {"context": context, "context_mask": mask}
+            if args.family == "lumina2":  # once a run, not once a step
+                self.cond = model.prepare(**self.cond)
         else:
             context = torch.randn(B, length, config.joint_attention_dim, **make)
             pooled = torch.randn(B, config.pooled_projection_dim, **make)

@@ -59,7 +59,7 @@ class Setting:
 
 
 DEFAULT, PAPER = RASConfig.preset("default"), RASConfig.preset("paper")
-STEPS = (6, 8, 10, 12, 16, 20)  # of the corrected solver
+STEPS = (6, 8, 10, 12, 14, 18)  # of the corrected solver
 RATIOS = (0.125, 0.25, 0.5, 0.75)  # of the paper and of the official code, which take 28 steps
 OFFICIAL = Upstream(scheduler_end_step=28, error_reset_steps=(12, 20))
 MENDED = replace(OFFICIAL, starvation_scale=-OFFICIAL.starvation_scale)
@@ -124,6 +124,8 @@ def measure(pipe, args: argparse.Namespace, seed: int, done: dict[tuple, dict], 
     """Add a row for every method, cost and prompt of a seed that is not there yet."""
     for name in args.methods:
         for index, setting in enumerate(METHODS[name]):
+            if args.steps and setting.steps not in args.steps:
+                continue
             keys = {p: (args.model, args.size, name, index, p, seed) for p in args.prompts}
             prompts = [prompt for prompt, key in keys.items() if key not in done]
             for start in range(0, len(prompts), args.batch):
@@ -222,8 +224,9 @@ def main() -> None:
         torch.distributed.destroy_process_group()
     if rank == 0:
         found = curves([
-            row for (model, size, name, _, prompt, seed), row in read(args.out).items()
+            row for (model, size, name, index, prompt, seed), row in read(args.out).items()
             if (model, size) == (args.model, args.size) and name in args.methods
+            and (not args.steps or METHODS[name][index].steps in args.steps)
             and prompt in args.prompts and seed < args.seeds
         ])  # fmt: skip
         print(table(found))
@@ -239,6 +242,7 @@ def parse_args() -> argparse.Namespace:
     add("--prompts", nargs="+", default=list(PROMPTS))
     add("--captions", type=Path, help="a text file with one prompt a line, instead of --prompts")
     add("--seeds", type=int, default=2)
+    add("--steps", type=int, nargs="+", help="only settings with these numbers of steps")
     add("--size", type=int, help="pixels of a side, the model's own if not given")
     add("--batch", type=int, default=8, help="prompts drawn at once")
     add("--device", default="cpu")

@@ -1,4 +1,5 @@
-"""Stable Diffusion 3 / 3.5, FLUX.1 and Lumina-Next in pure PyTorch, with Region-Adaptive Sampling.
+"""Stable Diffusion 3 / 3.5, FLUX.1, Lumina-Next and Lumina-Image 2.0 in pure PyTorch, with
+Region-Adaptive Sampling.
 
 import minidit, ras
 pipe = minidit.load("mini-lumina")
@@ -19,6 +20,7 @@ from minidit.clip import CLIPTextEncoder
 from minidit.flow import denoise, flow_sigmas
 from minidit.flux import Flux, FluxConfig
 from minidit.gemma import GemmaEncoder
+from minidit.lumina2 import Lumina2, Lumina2Config
 from minidit.mmdit import MMDiT, MMDiTConfig
 from minidit.nextdit import NextDiT, NextDiTConfig
 from minidit.pipeline import Output, Pipeline
@@ -32,6 +34,8 @@ __all__ = [
     "Flux",
     "FluxConfig",
     "GemmaEncoder",
+    "Lumina2",
+    "Lumina2Config",
     "MMDiT",
     "MMDiTConfig",
     "NextDiT",

@@ -21,9 +21,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from minidit import checks
-from minidit.flow import Guidance
+from minidit.guidance import Guidance
 
 Cond = dict[str, Any]
+SYSTEM_PROMPT = (  # of Lumina-Image 2.0 (diffusers pipeline_lumina2.py)
+    "You are an assistant designed to generate superior images with the superior degree of "
+    "image-text alignment based on textual prompts or user prompts."
+)
 
 
 class Family(NamedTuple):
@@ -182,8 +186,43 @@ def guide_flux(pipe: Any, guidance: float, *, true_guidance: float = 1.0) -> tup
     return how, {"guidance": scale} if pipe.transformer.config.guidance_embeds else {}
 
 
+def encode_lumina2(
+    pipe: Any,
+    prompts: list[str],
+    negatives: list[str],
+    *,
+    system_prompt: str = SYSTEM_PROMPT,
+    max_sequence_length: int = 256,
+) -> Cond:
+    """Lumina-Image 2.0: context (n, L, D) and context_mask (n, L), padded to the longest text.
+
+    system_prompt        what the text encoder is told before every prompt, but not before negatives
+    max_sequence_length  tokens of the text encoder, at most what the network has positions for
+    """
+    most = pipe.transformer.config.axes_lens[0] - 1  # the image stands behind the text
+    length = checks.integer("max_sequence_length", max_sequence_length, 2, most)
+    (start,) = checks.texts("system_prompt", system_prompt, 1)
+    texts = negatives + [f"{start} <Prompt Start> {prompt}" for prompt in prompts]
+    ids, mask = pipe.tokenizer(texts, length, 8)  # (n, L)
+    context = pipe.run(pipe.text_encoder, ids, mask)
+    return {"context": context, "context_mask": mask.to(context.device)}
+
+
+def guide_lumina2(
+    pipe: Any,
+    guidance: float,
+    *,
+    cfg_trunc_ratio: float = 1.0,
+    cfg_normalization: bool = True,
+) -> tuple[Guidance, Cond]:
+    """Classifier-free guidance, ended early or normalised: see `Guidance`."""
+    how = {"cfg_trunc_ratio": cfg_trunc_ratio, "cfg_normalization": cfg_normalization}
+    return Guidance(guidance, **how), {}
+
+
 FAMILIES = {
     "sd3": Family(encode_sd3, guide_sd3),
     "lumina": Family(encode_lumina, guide_lumina),
     "flux": Family(encode_flux, guide_flux),
+    "lumina2": Family(encode_lumina2, guide_lumina2),
 }

@@ -1,4 +1,4 @@
-"""Rectified flow: noise levels, guidance, and the one sampling loop of every family.
+"""Rectified flow: noise levels, and the one sampling loop of every family.
 
 x(sigma) = (1 - sigma) * image + sigma * noise, so d x / d sigma = noise - image = velocity: sigma 1
 is pure noise, sigma 0 the image, and sampling integrates the velocity from 1 down to 0.
@@ -9,7 +9,6 @@ B batch, N image tokens, K active tokens, C latent channels.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,42 +17,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minidit import checks
-from ras import KVCache, RASConfig, Run, Trace, Upstream
+from minidit.guidance import Guidance, Guided, Model
+from ras import RASConfig, Run, Trace, Upstream
 
-Model = Callable[..., Tensor]
 Callback = Callable[[int, float, Tensor, Tensor, "Tensor | None"], None]
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """How the velocities of the prompt and of the negative prompt become one.
-
-    scale  of classifier-free guidance, u + scale * (c - u), at least 1; 1 leaves the negative
-           prompt out and runs half of the network's work
-
-    Skip-layer guidance of SD3.5 adds skip_guidance * (c - s), s being c computed without the blocks
-    skip_layers, at the steps i of n with n * skip_start < i < n * skip_stop (diffusers
-    pipeline_stable_diffusion_3.py, __call__).
-    """
-
-    scale: float = 1.0
-    skip_layers: tuple[int, ...] = ()
-    skip_guidance: float = 2.8
-    skip_start: float = 0.01
-    skip_stop: float = 0.2
-
-    def skips(self, step: int, steps: int) -> bool:
-        """Whether a step has skip-layer guidance."""
-        within = steps * self.skip_start < step < steps * self.skip_stop
-        return bool(self.skip_layers) and within
-
-    def __post_init__(self) -> None:
-        checks.number("guidance", self.scale, 1, also=" (1 is off)")
-        checks.number("skip_guidance", self.skip_guidance, 0)
-        checks.number("skip_start", self.skip_start, 0, 1)
-        checks.number("skip_stop", self.skip_stop, 0, 1)
-        if self.skip_layers and self.scale == 1:
-            raise ValueError("skip_layers needs guidance, which is 1, off")
 
 
 def flow_sigmas(steps: int, shift: float) -> Tensor:
@@ -121,7 +88,7 @@ def denoise(
     check_ras(ras)
     latents, patch = latents.float(), _patch_size(model, latents, ras)
     run = Run(ras, sigmas, latents, patch, correct)
-    velocity_of = guided(model, cond, uncond, guidance, run.steps)
+    velocity_of = Guided(model, cond, uncond, guidance, run.steps, patch)
     try:
         for i in tqdm(range(run.steps), disable=not progress, desc="denoising", unit="step"):
             active, cache = run.begin(i)  # the tokens to compute, and what they attend to
@@ -134,54 +101,6 @@ def denoise(
     finally:
         run.close()
     return latents, run.trace if ras else None
-
-
-def guided(
-    model: Model,
-    cond: Mapping[str, Any],
-    uncond: Mapping[str, Any] | None,
-    guidance: Guidance,
-    steps: int,
-) -> Callable[[int, Tensor, Tensor, Tensor | None, KVCache | None], Tensor]:
-    """The model under guidance, as a function of what changes between steps.
-
-    It takes the step's number, latents (B, C, H, W), a noise level, active tokens (B, K) and a
-    cache, and gives the velocity (B, C, H, W) in float32. The halves run as one batch, uncond
-    first, and compute the same active tokens.
-    """
-    halves, both = 1 if guidance.scale == 1 else 2, cond
-    if halves == 2:
-        both = {
-            name: torch.cat((uncond[name], rows)) if isinstance(rows, Tensor) else rows
-            for name, rows in cond.items()
-        }
-
-    def velocity_of(
-        i: int, latents: Tensor, sigma: Tensor, active: Tensor | None, cache: KVCache | None
-    ) -> Tensor:
-        region: dict[str, Any] = {}
-        if cache is not None:
-            region = {"active": None if active is None else active.repeat(halves, 1)}  # (2B, K)
-            region["cache"] = cache
-        velocity = model(latents.repeat(halves, 1, 1, 1), sigma, **both, **region).float()
-        if halves == 1:
-            return velocity
-        uncond_velocity, velocity = velocity.chunk(2)
-        merged = uncond_velocity + guidance.scale * (velocity - uncond_velocity)
-        channels = getattr(model, "guided_channels", None)
-        if channels is not None:  # Lumina guides only the first three of its four channels
-            merged = torch.cat((merged[:, :channels], velocity[:, channels:]), dim=1)
-        if guidance.skips(i, steps):
-            if cache is not None:
-                apart = cache.apart("skipped layers")
-                # where nothing is kept yet, this pass has to compute every token
-                region = {"active": active if apart.nbytes else None, "cache": apart}
-            layers = guidance.skip_layers
-            skipped = model(latents, sigma, **cond, **region, skip_layers=layers).float()
-            merged = merged + guidance.skip_guidance * (velocity - skipped)
-        return merged
-
-    return velocity_of
 
 
 def check_ras(ras: Any) -> None:

@@ -1,7 +1,10 @@
-"""Gemma (first generation): the text encoder of Lumina-Next (arXiv 2403.08295).
+"""Gemma and Gemma 2: the text encoders of Lumina-Next (arXiv 2403.08295) and of Lumina-Image 2.0
+(arXiv 2408.00118).
 
-A causal language model used for its states: Lumina-Next reads what enters the last layer. Rotary
-positions, several query heads per key-value head, RMSNorms of weight 1 + w and a gated MLP.
+Causal language models used for their states: both Luminas read what enters the last layer. Rotary
+positions, several query heads per key-value head, RMSNorms of weight 1 + w and a gated MLP. The
+second generation has norms behind attention and MLP as well, bounds attention's logits softly, and
+lets every other layer see a window of the last tokens only.
 
 B batch, L text tokens, H query heads, G key-value heads, D head width, C width of the network.
 """
@@ -21,8 +24,14 @@ from minidit.parts import attention, check_config, check_ids
 
 @dataclass(frozen=True)
 class GemmaConfig:
-    """Sizes of a Gemma; the fields carry the names of the official config.json."""
+    """Sizes of a Gemma; the fields carry the names of the official config.json.
 
+    model_type "gemma2" is the second generation, which alone needs the fields from
+    query_pre_attn_scalar on. layer_types says "sliding_attention" or "full_attention" for every
+    layer; files without it alternate, beginning with a window.
+    """
+
+    model_type: str = "gemma"
     vocab_size: int = 256000
     hidden_size: int = 3072
     intermediate_size: int = 24576
@@ -38,6 +47,24 @@ class GemmaConfig:
     rope_scaling: Mapping[str, Any] | None = None
     rope_parameters: Mapping[str, Any] | None = None  # where transformers 5 puts the two above
     attention_bias: bool = False
+    query_pre_attn_scalar: int | None = None
+    attn_logit_softcapping: float | None = None
+    sliding_window: int | None = None
+    layer_types: tuple[str, ...] | None = None
+
+    @property
+    def second(self) -> bool:
+        """Whether this is Gemma 2."""
+        return self.model_type == "gemma2"
+
+    @property
+    def sliding(self) -> tuple[bool, ...]:
+        """For every layer, whether it sees only the last sliding_window tokens."""
+        if not self.second:
+            return (False,) * self.num_hidden_layers
+        if self.layer_types is None:
+            return tuple(i % 2 == 0 for i in range(self.num_hidden_layers))
+        return tuple(kind == "sliding_attention" for kind in self.layer_types)
 
     @property
     def theta(self) -> float:
@@ -70,6 +97,24 @@ class GemmaConfig:
             raise ValueError(f"rope_theta is {self.theta}, must be above 0")
         if self.attention_bias:
             raise ValueError("attention_bias is true, must be false")
+        if self.model_type not in ("gemma", "gemma2"):
+            raise ValueError(f"model_type is {self.model_type!r}, must be 'gemma' or 'gemma2'")
+        if self.second:
+            self._check_second()
+
+    def _check_second(self) -> None:
+        for name in ("query_pre_attn_scalar", "attn_logit_softcapping", "sliding_window"):
+            value = getattr(self, name)
+            if value is None or not value > 0:
+                raise ValueError(f"{name} is {value}, must be above 0 in a Gemma 2")
+        kinds = ("sliding_attention", "full_attention")
+        if self.layer_types is not None and (
+            len(self.layer_types) != self.num_hidden_layers or not {*self.layer_types} <= {*kinds}
+        ):
+            raise ValueError(
+                f"layer_types is {self.layer_types}, must be {self.num_hidden_layers} times "
+                f"{kinds[0]!r} or {kinds[1]!r}"
+            )
 
 
 class GemmaEncoder(nn.Module):
@@ -96,25 +141,32 @@ class GemmaEncoder(nn.Module):
         # rounded to the type of the weights first, as in training: 45.25 instead of 45.2548...
         x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype)
         rope = rotary_table(ids.shape[1], self.config.head_dim, self.config.theta, x)
-        visible = causal_mask(torch.ones_like(ids) if mask is None else mask)  # (B, 1, L, L)
-        for layer in self.layers[:-1]:
-            x = layer(x, rope, visible)
+        mask = torch.ones_like(ids) if mask is None else mask
+        visible = {False: causal_mask(mask)}  # (B, 1, L, L)
+        if any(self.config.sliding):
+            visible[True] = causal_mask(mask, self.config.sliding_window)  # (B, 1, L, L)
+        for layer, sliding in zip(self.layers[:-1], self.config.sliding, strict=False):
+            x = layer(x, rope, visible[sliding])
         return x
 
 
 class Layer(nn.Module):
-    """Self-attention, then a gated MLP, each on an RMSNorm of its input."""
+    """Self-attention, then a gated MLP, each on an RMSNorm of its input; in Gemma 2 what they give
+    is normed, too."""
 
     def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
-        self.norm1 = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        C, eps = config.hidden_size, config.rms_norm_eps
+        self.norm1 = RMSNorm(C, eps)
         self.attn = SelfAttention(config)
-        self.norm2 = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
+        self.norm2 = RMSNorm(C, eps)
+        self.mlp = GatedMLP(C, config.intermediate_size)
+        self.post_norm1 = RMSNorm(C, eps) if config.second else nn.Identity()
+        self.post_norm2 = RMSNorm(C, eps) if config.second else nn.Identity()
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], visible: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x), rope, visible)
-        return x + self.mlp(self.norm2(x))
+        x = x + self.post_norm1(self.attn(self.norm1(x), rope, visible))
+        return x + self.post_norm2(self.mlp(self.norm2(x)))
 
 
 class SelfAttention(nn.Module):
@@ -124,7 +176,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         C, D = config.hidden_size, config.head_dim
         H, G = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim, self.group = D, H // G
+        self.head_dim, self.cap = D, config.attn_logit_softcapping if config.second else None
+        self.scale = (config.query_pre_attn_scalar if config.second else D) ** -0.5
         self.q = nn.Linear(C, H * D, bias=False)
         self.k = nn.Linear(C, G * D, bias=False)
         self.v = nn.Linear(C, G * D, bias=False)
@@ -135,8 +188,9 @@ class SelfAttention(nn.Module):
         q = rotate(self.q(x).unflatten(2, (-1, self.head_dim)), rope)  # (B, L, H, D)
         k = rotate(self.k(x).unflatten(2, (-1, self.head_dim)), rope)  # (B, L, G, D)
         v = self.v(x).unflatten(2, (-1, self.head_dim))  # (B, L, G, D)
-        k, v = (t.repeat_interleave(self.group, dim=2) for t in (k, v))  # (B, L, H, D)
-        return self.out(attention(q, k, v, mask=visible))
+        if self.cap is None:
+            return self.out(attention(q, k, v, visible, self.scale))
+        return self.out(capped_attention(q, k, v, visible, self.scale, self.cap))
 
 
 class GatedMLP(nn.Module):
@@ -184,14 +238,33 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=3) * sin
 
 
-def causal_mask(mask: Tensor) -> Tensor:
-    """Which keys each query attends to, bool (B, 1, L, L): text that is not after it.
+def capped_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, cap: float
+) -> Tensor:
+    """`attention` whose logits are bounded softly by cap * tanh(logits / cap), before the mask.
 
-    A query with no text up to it (padding on the left) attends to itself instead of to nothing, as
-    a softmax over nothing is NaN, which no later mask could undo.
+    In full, as scaled_dot_product_attention knows no such bound; prompts are short.
+    """
+    group = q.shape[2] // k.shape[2]
+    k, v = (t.repeat_interleave(group, dim=2).transpose(1, 2) for t in (k, v))  # (B, H, L, D)
+    logits = q.transpose(1, 2) @ k.mT * scale  # (B, H, L, L)
+    logits = (cap * torch.tanh(logits / cap)).masked_fill(~mask, -torch.inf)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    weights = logits.softmax(dim=3, dtype=wide).to(q.dtype)
+    return (weights @ v).transpose(1, 2).flatten(2)  # (B, L, H * D)
+
+
+def causal_mask(mask: Tensor, window: int | None = None) -> Tensor:
+    """Which keys each query attends to, bool (B, 1, L, L): text that is not after it, and with a
+    window among the last `window` tokens, the query's own included.
+
+    A query with no text there (padding) attends to itself instead of to nothing, as a softmax over
+    nothing is NaN, which no later mask could undo.
     """
     L = mask.shape[1]
     causal = torch.ones(L, L, dtype=torch.bool, device=mask.device).tril()
+    if window is not None:
+        causal = causal.triu(1 - window)
     visible = mask.bool()[:, None, None, :] & causal  # (B, 1, L, L)
     alone = ~visible.any(dim=3, keepdim=True) & torch.eye(L, dtype=torch.bool, device=mask.device)
     return visible | alone

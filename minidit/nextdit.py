@@ -20,11 +20,15 @@ from torch import Tensor, nn
 
 from minidit.parts import (
     MLP,
+    GatedMLP,
+    RMSNorm,
     Rope,
+    ScaledHead,
     attention,
     batch_sigma,
     check_config,
     check_latents,
+    check_text,
     rotate,
     time_features,
     turns,
@@ -121,7 +125,7 @@ class NextDiT(nn.Module):
         self.time_embed = MLP(256, c.cond_width, c.cond_width)
         self.caption_embed = CaptionEmbed(c)
         self.blocks = nn.ModuleList(Block(c, i) for i in range(c.num_layers))
-        self.final = FinalLayer(c)
+        self.final = ScaledHead(C, c.cond_width, P * P * c.out_channels)
 
     def forward(
         self,
@@ -151,7 +155,8 @@ class NextDiT(nn.Module):
         Raises ValueError for shapes that do not fit.
         """
         height, width, P = *latents.shape[-2:], self.config.patch_size
-        self._check(latents, context, context_mask, active, cache)
+        check_latents(latents, self.config.in_channels, P, active, cache)
+        check_text(context, context_mask, len(latents), self.config.cross_attention_dim)
         latents, context = (x.to(self.patch_embed.weight.dtype) for x in (latents, context))
         time = 1 - batch_sigma(sigma, latents)  # (B,), from 0 = noise to 1 = image
 
@@ -185,7 +190,7 @@ class NextDiT(nn.Module):
         return -x[:, : latents.shape[1]]  # (B, in_channels, height, width)
 
     def _rotations(self, tokens: Tensor, h: int, w: int, time: Tensor, watershed: float) -> Rope:
-        """Cosines and sines for `rotate`, each (B, K, 1, D) float32, of tokens (B or 1, K).
+        """What turns the heads of tokens (B or 1, K).
 
         Channels 4i and 4i + 1 turn by row * f(i), channels 4i + 2 and 4i + 3 by column * f(i), with
         f(i) = 10000 ** (-4i / D). At `factor` times the trained size, early steps divide f by it,
@@ -208,19 +213,6 @@ class NextDiT(nn.Module):
         """
         trained = (self.config.sample_size * 8 // 16) ** 2
         return math.sqrt(math.log(tokens, trained) / self.config.head_dim)
-
-    def _check(self, latents, context, context_mask, active, cache) -> None:
-        c = self.config
-        check_latents(latents, c.in_channels, c.patch_size, active, cache)
-        B, shape = len(latents), tuple(context.shape)
-        if context.ndim != 3 or shape[0] != B or not shape[1] or shape[2] != c.cross_attention_dim:
-            raise ValueError(
-                f"context has shape {shape}, must be ({B}, tokens, {c.cross_attention_dim})"
-            )
-        if context_mask.shape != context.shape[:2]:
-            raise ValueError(
-                f"context_mask has shape {tuple(context_mask.shape)}, must be {shape[:2]}"
-            )
 
 
 class CaptionEmbed(nn.Module):
@@ -278,7 +270,6 @@ class Attention(nn.Module):
         super().__init__()
         C, kv, text = config.hidden_size, config.kv_width, config.cross_attention_dim
         self.index, self.head_dim = index, config.head_dim
-        self.group = C // kv
 
         def norm(width: int) -> nn.Module:  # over all heads together
             return nn.LayerNorm(width) if config.qk_norm else nn.Identity()
@@ -316,8 +307,6 @@ class Attention(nn.Module):
             q = rotate(self._heads(self.context_q_norm(self.context_q(x))), rope)  # (B, K, H, D)
         k = self._heads(self.context_k_norm(self.context_k(text)))  # (B, L, G, D)
         v = self._heads(self.context_v(text))  # (B, L, G, D)
-        # with a mask, grouped heads get only the slow kernel on GPUs; the text is short
-        k, v = (each.repeat_interleave(self.group, dim=2) for each in (k, v))  # (B, L, H, D)
         text_out = attention(q, k, v, mask=mask)  # (B, K, C)
         gate = self.gate.tanh().repeat_interleave(self.head_dim)  # (C,)
         return self.out(torch.addcmul(image_out, gate, text_out))
@@ -325,51 +314,3 @@ class Attention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         """(B, tokens, heads * D) -> (B, tokens, heads, D)."""
         return x.unflatten(2, (-1, self.head_dim))
-
-
-class GatedMLP(nn.Module):
-    """w2(silu(w1(x)) * w3(x))."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.w1 = nn.Linear(width, hidden, bias=False)
-        self.w2 = nn.Linear(hidden, width, bias=False)
-        self.w3 = nn.Linear(width, hidden, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # in place, as these are by far the largest tensors of the network
-        return self.w2(F.silu(self.w1(x), inplace=True).mul_(self.w3(x)))
-
-
-class FinalLayer(nn.Module):
-    """adaLN without a shift, and the linear head: (B, K, C) -> (B, K, patch values)."""
-
-    def __init__(self, config: NextDiTConfig) -> None:
-        super().__init__()
-        C, P = config.hidden_size, config.patch_size
-        self.modulation = nn.Linear(config.cond_width, C)
-        self.linear = nn.Linear(C, P * P * config.out_channels)
-
-    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        scale = self.modulation(cond)[:, None]  # (B, 1, C)
-        return self.linear(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale))
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, times a modulation that the weight takes along.
-
-    Only the sum of squares is in float32, which makes it several times faster than nn.RMSNorm in
-    half precision on CPUs.
-    """
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor, modulation: Tensor | float = 1.0) -> Tensor:
-        """x (B, tokens, width), modulation (B, 1, width) -> the shape and type of x."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=2, keepdim=True, dtype=wide)  # (B, tokens, 1)
-        inverse = (norm.square() / x.shape[2] + self.eps).rsqrt().to(x.dtype)
-        return x * inverse * (self.weight * modulation)

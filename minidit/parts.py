@@ -32,16 +32,67 @@ class MLP(nn.Module):
         return self.fc2(x)
 
 
+class GatedMLP(nn.Module):
+    """w2(silu(w1(x)) * w3(x))."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(width, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, width, bias=False)
+        self.w3 = nn.Linear(width, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # in place, as these are by far the largest tensors of the network
+        return self.w2(F.silu(self.w1(x), inplace=True).mul_(self.w3(x)))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, times a modulation that the weight takes along.
+
+    Only the sum of squares is in float32, which makes it several times faster than nn.RMSNorm in
+    half precision on CPUs.
+    """
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor, modulation: Tensor | float = 1.0) -> Tensor:
+        """x (..., width), modulation (B, 1, width) for x (B, tokens, width) -> shape, type of x."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)  # (..., 1)
+        inverse = (norm.square() / x.shape[-1] + self.eps).rsqrt().to(x.dtype)
+        return x * inverse * (self.weight * modulation)
+
+
+class ScaledHead(nn.Module):
+    """adaLN without a shift, and the linear head: x (B, K, width), cond (B, cond_width) ->
+    (B, K, out)."""
+
+    def __init__(self, width: int, cond_width: int, out: int) -> None:
+        super().__init__()
+        self.modulation = nn.Linear(cond_width, width)
+        self.linear = nn.Linear(width, out)
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        scale = self.modulation(cond)[:, None]  # (B, 1, width)
+        return self.linear(layer_norm(x) * (1 + scale))
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
               scale: float | None = None) -> Tensor:  # fmt: skip
     """Softmax attention: q (B, K, H, D), k and v (B, N, G, D) -> (B, K, H*D).
 
-    With G < H every key-value head serves H / G query heads in a row.
+    With G < H every key-value head serves H / G query heads in a row. mask, bool, broadcasts to
+    (B, H, K, N): the keys that each query sees.
     """
+    group = q.shape[2] // k.shape[2]
+    if group > 1 and mask is not None:  # for both at once GPUs have only a slow kernel
+        k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))  # (B, N, H, D)
+        group = 1
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, tokens, D)
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, scale=scale, enable_gqa=k.shape[1] < q.shape[1]
-    )
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=group > 1)
     return out.transpose(1, 2).flatten(2)  # (B, K, H*D)
 
 
@@ -181,6 +232,15 @@ def check_prompt(context: Tensor, pooled: Tensor, batch: int, config: Any) -> No
         )
     if pooled.shape != (batch, narrow):
         raise ValueError(f"pooled has shape {tuple(pooled.shape)}, must be ({batch}, {narrow})")
+
+
+def check_text(context: Tensor, context_mask: Tensor, batch: int, width: int) -> None:
+    """Raise ValueError unless context is (batch, L, width), not empty, and its mask (batch, L)."""
+    shape = tuple(context.shape)
+    if context.ndim != 3 or shape[0] != batch or not shape[1] or shape[2] != width:
+        raise ValueError(f"context has shape {shape}, must be ({batch}, tokens, {width})")
+    if context_mask.shape != context.shape[:2]:
+        raise ValueError(f"context_mask has shape {tuple(context_mask.shape)}, must be {shape[:2]}")
 
 
 def check_ids(

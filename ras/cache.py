@@ -14,7 +14,8 @@ from ras.tokens import put_
 
 
 class KVCache:
-    """What active tokens attend to (RAS, section 3.4): `write`, `apart`, `clear`, `nbytes`.
+    """What active tokens attend to (RAS, section 3.4): `write`, `apart`, `keep`,
+    `clear`, `nbytes`.
 
     A dense step leaves its keys and values here as they are, without a copy. A regional step
     overwrites its rows in place and attends to all: those of stale tokens are of the last time that
@@ -60,6 +61,10 @@ class KVCache:
     def apart(self, name: Hashable) -> KVCache:
         """The cache of one more pass over the same tokens in every step, empty at first."""
         return self._apart.setdefault(name, KVCache())
+
+    def keep(self, samples: slice) -> None:
+        """Go on with these samples of the batch alone, as views of what is there."""
+        self._layers = {layer: (k[samples], v[samples]) for layer, (k, v) in self._layers.items()}
 
     def clear(self) -> None:
         """Forget everything and free the memory."""

@@ -10,11 +10,14 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from minidit.flux import Flux, FluxConfig
+from minidit.lumina2 import Lumina2, Lumina2Config
 from minidit.mmdit import MMDiT, MMDiTConfig
 from minidit.nextdit import NextDiT, NextDiTConfig
 
 GOLDENS = Path(__file__).parent / "goldens"
-FAMILIES = ("sd3-medium", "sd3.5-large", "sd3.5-medium", "lumina", "flux-dev", "flux-schnell")
+FAMILIES = (
+    "sd3-medium", "sd3.5-large", "sd3.5-medium", "lumina", "lumina2", "flux-dev", "flux-schnell",
+)  # fmt: skip
 
 torch.set_num_threads(1)  # tiny matrices: threads only wait for each other
 settings.register_profile(
@@ -36,6 +39,13 @@ def tiny_model(family: str) -> torch.nn.Module:
             multiple_of=16, cross_attention_dim=20,
         )  # fmt: skip
         return randomised(NextDiT(config))
+    if family == "lumina2":
+        config = Lumina2Config(
+            sample_size=8, in_channels=4, hidden_size=48, num_layers=2, num_refiner_layers=2,
+            num_attention_heads=4, num_kv_heads=2, multiple_of=16, axes_dim_rope=(4, 4, 4),
+            axes_lens=(64, 16, 16), cap_feat_dim=20,
+        )  # fmt: skip
+        return randomised(Lumina2(config))
     if family.startswith("flux"):
         config = FluxConfig(
             in_channels=16, num_layers=2, num_single_layers=2, num_attention_heads=2,
@@ -67,7 +77,7 @@ def conditioning(family: str, batch: int, seed: int = 1, tokens: int = 5) -> dic
     """Random conditioning of `batch` prompts for the tiny model of a family."""
     generator = torch.Generator().manual_seed(seed)
     context = torch.randn(batch, tokens, 20, generator=generator)
-    if family == "lumina":
+    if family.startswith("lumina"):
         lengths = torch.arange(batch) % tokens + 1
         return {"context": context, "context_mask": torch.arange(tokens) < lengths[:, None]}
     cond = {"context": context, "pooled": torch.randn(batch, 12, generator=generator)}

@@ -333,11 +333,15 @@ def test_compare_draws_a_sheet_a_map_and_an_animation(run, tmp_path, monkeypatch
     assert Image.open(tmp_path / "steps.gif").n_frames > 3  # equal frames are merged
 
 
-@pytest.mark.parametrize("family", ["sd3", "sd3.5-medium", "lumina", "flux"])
+@pytest.mark.parametrize("family", ["sd3", "sd3.5-medium", "lumina", "flux", "lumina2"])
 def test_benchmark_prints_shares_of_time_and_flops(run, capsys, monkeypatch, family):
     benchmark = importlib.import_module("benchmark")
     small = {"num_layers": 1, "num_attention_heads": 4}
-    sizes = {"lumina": {"hidden_size": 96}, "flux": {}}.get(family, {"caption_projection_dim": 256})
+    sizes = {
+        "lumina": {"hidden_size": 96},
+        "lumina2": {"hidden_size": 96, "axes_dim_rope": (8, 8, 8)},
+        "flux": {},
+    }.get(family, {"caption_projection_dim": 256})
     config = benchmark.VARIANTS[family]
     tiny = type(config)(**(vars(config) | small | sizes | {
         k: v for k, v in (("num_kv_heads", 2), ("dual_attention_layers", ())) if hasattr(config, k)

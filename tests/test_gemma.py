@@ -1,4 +1,4 @@
-"""The Gemma encoder against transformers' numbers, its masks, heads and positions."""
+"""The Gemma encoders against transformers' numbers, its masks, heads and positions."""
 
 from __future__ import annotations
 
@@ -14,13 +14,18 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from minidit import load_component
-from minidit.gemma import GemmaConfig, GemmaEncoder, causal_mask
+from minidit.gemma import GemmaConfig, GemmaEncoder, capped_attention, causal_mask
+from minidit.parts import attention
 
 GOLDENS = Path(__file__).parent / "goldens"
 CONFIG = GemmaConfig(
     vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=3,
     num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=32,
 )  # fmt: skip
+SECOND = {
+    "model_type": "gemma2", "query_pre_attn_scalar": 6, "attn_logit_softcapping": 2.0,
+    "sliding_window": 3,
+}  # fmt: skip
 IDS = torch.tensor([[2, 7, 3, 9, 41], [2, 2, 30, 17, 8]])
 ONES = torch.ones_like(IDS)
 
@@ -53,9 +58,22 @@ def test_matches_transformers() -> None:
         assert (got - want).abs().max() <= limits[name]["tight_atol"], run
 
 
-@given(st.integers(0, 6), st.integers(0, 6))
-def test_padding_on_either_side_changes_no_token(left: int, right: int) -> None:
-    model = small_norms(randomised(GemmaEncoder(CONFIG)))
+@pytest.mark.parametrize("run", ["right", "within_window", "left"])
+def test_gemma_2_matches_transformers(run: str) -> None:
+    folder = GOLDENS / "gemma2"
+    model = load_component(folder, "text_encoder")
+    inputs, expected = (load_file(folder / f"{n}.safetensors") for n in ("inputs", "expected"))
+    limits = json.loads((folder / "info.json").read_text())["atol"]
+    mask = inputs[f"{run}/attention_mask"]
+    got = model(inputs[f"{run}/input_ids"], mask)
+    assert got.isfinite().all()  # also where nothing is in sight
+    name = f"{run}/penultimate"
+    assert ((got - expected[name]) * mask[..., None]).abs().max() <= limits[name]
+
+
+@given(st.integers(0, 6), st.integers(0, 6), st.sampled_from([CONFIG, replace(CONFIG, **SECOND)]))
+def test_padding_on_either_side_changes_no_token(left: int, right: int, config) -> None:
+    model = small_norms(randomised(GemmaEncoder(config)))
     ids = torch.nn.functional.pad(IDS, (left, right), value=11)
     mask = torch.nn.functional.pad(ONES, (left, right))
     got = model(ids, mask)
@@ -73,6 +91,43 @@ def test_queries_see_the_text_up_to_them_or_themselves(mask: list[bool]) -> None
     for i, row in enumerate(visible.tolist()):
         text = [k for k in range(i + 1) if mask[k]]
         assert [k for k, seen in enumerate(row) if seen] == (text or [i])
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=9), st.integers(1, 10))
+def test_in_a_window_queries_see_its_text_or_themselves(mask: list[bool], window: int) -> None:
+    visible = causal_mask(torch.tensor([mask]), window)[0, 0]
+    for i, row in enumerate(visible.tolist()):
+        text = [k for k in range(max(0, i - window + 1), i + 1) if mask[k]]
+        assert [k for k, seen in enumerate(row) if seen] == (text or [i])
+
+
+def test_layers_of_gemma_2_alternate_or_are_named() -> None:
+    config = replace(CONFIG, **SECOND)
+    assert config.sliding == (True, False, True) and CONFIG.sliding == (False,) * 3
+    kinds = ("full_attention", "sliding_attention", "full_attention")
+    named = replace(config, layer_types=kinds)
+    assert named.sliding == (False, True, False)
+    one, other = (small_norms(randomised(GemmaEncoder(each))) for each in (config, named))
+    assert not torch.allclose(one(IDS), other(IDS), atol=1e-3)
+    wide = small_norms(randomised(GemmaEncoder(replace(named, sliding_window=5))))
+    full = small_norms(randomised(GemmaEncoder(replace(config, layer_types=kinds[:1] * 3))))
+    assert torch.equal(wide(IDS), full(IDS))  # five tokens fit into a window of five
+
+
+def test_the_cap_bounds_logits_softly(encoder: GemmaEncoder) -> None:
+    """A huge one changes nothing, a tiny one makes attention an average of what is seen."""
+    second = replace(CONFIG, **(SECOND | {"query_pre_attn_scalar": 8, "sliding_window": 99}))
+    q, k, v = torch.randn(3, 2, 5, 4, 8, generator=torch.Generator().manual_seed(0))
+    visible = causal_mask(ONES)
+    loose, tight = (capped_attention(q, k, v, visible, 8**-0.5, cap) for cap in (1e5, 1e-5))
+    assert torch.allclose(loose, attention(q, k, v, visible), atol=1e-5)
+    seen = visible.float() / visible.sum(dim=3, keepdim=True)
+    assert torch.allclose(tight, (seen @ v.transpose(1, 2)).transpose(1, 2).flatten(2), atol=1e-4)
+    states = []
+    for cap in (1.0, 1e5):
+        model = GemmaEncoder(replace(second, attn_logit_softcapping=cap))
+        states.append(small_norms(randomised(model))(IDS))
+    assert not torch.allclose(*states, atol=1e-3)
 
 
 def test_tokens_do_not_see_what_follows(encoder: GemmaEncoder) -> None:
@@ -138,8 +193,10 @@ def test_batch_is_the_same_as_one_by_one(encoder: GemmaEncoder) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_types(encoder: GemmaEncoder, dtype: torch.dtype) -> None:
-    other = GemmaEncoder(CONFIG).eval().to(dtype)
+@pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, **SECOND)])
+def test_other_types(config: GemmaConfig, dtype: torch.dtype) -> None:
+    encoder = small_norms(randomised(GemmaEncoder(config)))
+    other = GemmaEncoder(config).eval().to(dtype)
     other.load_state_dict(encoder.state_dict())
     got, want = other(IDS, ONES), encoder(IDS, ONES)
     assert got.dtype == dtype
@@ -172,6 +229,11 @@ def test_bad_inputs_are_named(encoder: GemmaEncoder, ids, mask, message: str) ->
         ({"rope_theta": 0.0}, "rope_theta is 0.0"),
         ({"attention_bias": True}, "attention_bias"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"model_type": "gemma3"}, "model_type is 'gemma3', must be 'gemma' or 'gemma2'"),
+        ({"model_type": "gemma2"}, "query_pre_attn_scalar is None, must be above 0"),
+        (SECOND | {"attn_logit_softcapping": 0.0}, "attn_logit_softcapping is 0.0"),
+        (SECOND | {"layer_types": ("full_attention",)}, "must be 3 times 'sliding_attention'"),
+        (SECOND | {"layer_types": ("full",) * 3}, "layer_types is"),
     ],
 )
 def test_bad_configs_are_named(change: dict, message: str) -> None:

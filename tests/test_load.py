@@ -359,7 +359,9 @@ def test_scheduler(tmp_path: Path) -> None:
         ({"shift": float("inf")}, "shift is inf, must be a finite number"),
         ({"shift": -1}, "shift is -1, must be above 0"),
         ({"num_train_timesteps": 500}, "num_train_timesteps is 500, must be 1000"),
-        ({"use_dynamic_shifting": True}, "use_dynamic_shifting is True, must be off"),
+        ({"use_karras_sigmas": True}, "use_karras_sigmas is True, must be off"),
+        ({"time_shift_type": "linear"}, "time_shift_type is 'linear', must be 'exponential'"),
+        ({"max_image_seq_len": 256}, "max_image_seq_len is 256, must be above base_image_seq"),
         ({"_class_name": "DDIMScheduler"}, "is for 'DDIMScheduler', must be for FlowMatch"),
     ):
         with pytest.raises(ValueError, match=message):

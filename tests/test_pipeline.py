@@ -23,10 +23,16 @@ from ras.tokens import patchify
 
 RUNS = [
     (case, run)
-    for case in ("pipe_sd3", "pipe_sd35_medium_no_t5", "pipe_sd35_slg", "pipe_lumina")
+    for case in (
+        "pipe_sd3",
+        "pipe_sd35_medium_no_t5",
+        "pipe_sd35_slg",
+        "pipe_lumina",
+        "pipe_lumina2",
+    )
     for run in json.loads((GOLDENS / case / "info.json").read_text())["runs"]
 ]
-PIPES = ("pipe_sd3", "pipe_lumina", "pipe_flux_dev")
+PIPES = ("pipe_sd3", "pipe_lumina", "pipe_flux_dev", "pipe_lumina2")
 OURS = {  # diffusers' names and ours
     "num_inference_steps": "steps",
     "guidance_scale": "guidance",
@@ -53,7 +59,7 @@ def test_golden(case, run):
     }
     call = {OURS.get(name, name): value for name, value in info["runs"][run]["call"].items()}
     steps = call.pop("steps") if "sigmas" in call else call["steps"]
-    if case != "pipe_lumina":
+    if "t5" in info["runs"][run] and case != "pipe_lumina":
         call["use_t5"] = info["runs"][run]["t5"]
     after, levels = [], []
 
@@ -327,6 +333,17 @@ def test_lumina_pads_texts_to_a_multiple_of_8():
         assert mask[1].sum() == length  # of the prompt, which is lower case and stripped already
 
 
+@pytest.mark.parametrize("ratio", [0.3, 1.0])
+def test_truncated_guidance_with_ras_of_every_token_is_dense(ratio):
+    pipe, how = pipeline("pipe_lumina2"), {"cfg_trunc_ratio": ratio, "steps": 8, "seed": 0}
+    dense = draw(pipe, **how)
+    assert draw(pipe, ras=RASConfig(ratio=1), **how).latents.equal(dense.latents)
+    regional = draw(pipe, ras=RASConfig(ratio=0.5), **how)
+    assert regional.trace.share < 1 and not regional.latents.equal(dense.latents)
+    error = (regional.latents - dense.latents).norm() / dense.latents.norm()
+    assert error < 0.5, error
+
+
 @pytest.mark.parametrize("prompt", ["", "🎈 party 🎉", "一只猫", "tab\tnull\x00bell\x07", "\ud800"])
 def test_odd_prompts_are_fine(pipe, prompt):
     assert torch.isfinite(draw(pipe, prompt, seed=0).latents).all()
@@ -481,13 +498,21 @@ BAD_LUMINA = [
     ({"proportional_attn": 1}, "proportional_attn is 1, must be True or False"),
     ({"use_t5": False}, "this model takes no use_t5; allowed are scaling_watershed, proportional"),
 ]
+BAD_LUMINA2 = [
+    ({"system_prompt": 7}, "system_prompt is 7, must be a string"),
+    ({"system_prompt": ["a", "b"]}, "system_prompt has 2 strings, must have one or 1"),
+    ({"max_sequence_length": 300}, "max_sequence_length is 300, must be an integer within 2..299"),
+    ({"cfg_trunc_ratio": 1.5}, "cfg_trunc_ratio is 1.5, must be a finite number within 0..1"),
+    ({"cfg_normalization": 1}, "cfg_normalization is 1, must be True or False"),
+]
 
 
 @pytest.mark.parametrize(
     ("name", "change", "sentence"),
     [(name, *one) for name in PIPES for one in BAD]
     + [("pipe_sd3", *one) for one in BAD_SD3]
-    + [("pipe_lumina", *one) for one in BAD_LUMINA],
+    + [("pipe_lumina", *one) for one in BAD_LUMINA]
+    + [("pipe_lumina2", *one) for one in BAD_LUMINA2],
 )
 def test_bad_arguments_are_named_before_anything_runs(name, change, sentence, monkeypatch):
     pipe = pipeline(name)
@@ -518,7 +543,9 @@ NAMES = [p.name for p in signature(minidit.Pipeline.__call__).parameters.values(
 
 
 @pytest.mark.filterwarnings("ignore:.*is cut off")
-@pytest.mark.parametrize("argument", [*NAMES, "skip_layers", "skip_stop", "scaling_watershed"])
+@pytest.mark.parametrize(
+    "argument", [*NAMES, "skip_layers", "skip_stop", "scaling_watershed", "cfg_trunc_ratio"]
+)
 def test_odd_arguments_are_taken_or_refused_with_one_sentence(pipe, argument, monkeypatch):
     def running(self, module):
         raise Ran

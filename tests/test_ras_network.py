@@ -117,6 +117,14 @@ def test_every_block_of_either_kind_caches_image_rows_and_text_rows():
     assert {layer: cache[layer][0].shape[1] for layer in cache} == dict.fromkeys(range(4), 16 + 5)
 
 
+def test_noise_refiners_have_their_own_caches_and_context_refiners_none():
+    cache = KVCache()
+    tiny_model("lumina2")(noise(1, 8, 8), 0.9, **conditioning("lumina2", 1), cache=cache)
+    rows = {layer: cache[layer][0].shape[1] for layer in cache}
+    image = {("noise_refiner", i): 16 for i in range(2)}
+    assert rows == image | dict.fromkeys(range(2), 16 + 5)
+
+
 def test_second_attention_has_its_own_cache():
     cache = KVCache()
     model = tiny_model("sd3.5-medium")

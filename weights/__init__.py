@@ -2,7 +2,8 @@
 
 files.py        headers and rows of .safetensors and .pth files, JSON; nothing is trusted
 keymap.py       how a key map is read in both directions
-sd3.py lumina.py   a family each: its transformer's key map and sizes, and what it consists of
+sd3.py flux.py lumina.py lumina2.py
+                a family each: its transformer's key map and sizes, and what it consists of
 common.py       the same for the networks that families share: VAE, CLIP, T5, Gemma
 tokenizers.py   the files of tokenizers        config.py   a config dataclass from JSON
 networks.py     the tables of networks and families, and a network in files before it is loaded

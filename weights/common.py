@@ -114,9 +114,13 @@ def t5(config: T5Config, stored: Tensors | None = None) -> Table:
 
 
 def gemma(config: GemmaConfig, stored: Tensors | None = None) -> Table:
-    """Gemma with the names of transformers: google's files put `model.` first, Lumina's do not."""
+    """Gemma with the names of transformers: google's files put `model.` first, Lumina's do not.
+
+    Gemma 2 calls a norm behind attention what Gemma calls the one before the MLP.
+    """
     model = "model." if stored is not None and "model.embed_tokens.weight" in stored else ""
     layer = model + "layers.*."
+    before_mlp = "pre_feedforward_layernorm" if config.second else "post_attention_layernorm"
     return {
         "token_embed": model + "embed_tokens",
         "layers.*.norm1": layer + "input_layernorm",
@@ -124,7 +128,9 @@ def gemma(config: GemmaConfig, stored: Tensors | None = None) -> Table:
         "layers.*.attn.k": layer + "self_attn.k_proj",
         "layers.*.attn.v": layer + "self_attn.v_proj",
         "layers.*.attn.out": layer + "self_attn.o_proj",
-        "layers.*.norm2": layer + "post_attention_layernorm",
+        "layers.*.post_norm1": layer + "post_attention_layernorm",
+        "layers.*.norm2": layer + before_mlp,
+        "layers.*.post_norm2": layer + "post_feedforward_layernorm",
         "layers.*.mlp.gate": layer + "mlp.gate_proj",
         "layers.*.mlp.up": layer + "mlp.up_proj",
         "layers.*.mlp.down": layer + "mlp.down_proj",
@@ -238,5 +244,18 @@ NETWORKS = {
         classes={"GemmaModel": "diffusers", "GemmaForCausalLM": "diffusers", "gemma": "diffusers"},
         extras={"model_type": "gemma"},
         ignore=("lm_head.weight",),  # the embedding once more
+    ),
+    "gemma2": Network(
+        GemmaEncoder,
+        GemmaConfig,
+        gemma,
+        layouts=("diffusers",),
+        classes={
+            "Gemma2Model": "diffusers",
+            "Gemma2ForCausalLM": "diffusers",
+            "gemma2": "diffusers",
+        },
+        extras={"model_type": "gemma2"},
+        ignore=("lm_head.weight",),
     ),
 }

@@ -51,8 +51,7 @@ PREFIXES = (  # of the components in one file
 )
 OURS = ("default_", "corrected_", "spacing")  # fields of SchedulerConfig that only we write
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
-SCHEDULER_OPTIONS = (  # that change the noise levels; refused unless SchedulerConfig has them
-    "use_dynamic_shifting",
+SCHEDULER_OPTIONS = (  # that change the noise levels in ways unknown here
     "use_karras_sigmas",
     "use_exponential_sigmas",
     "use_beta_sigmas",
@@ -358,7 +357,7 @@ def read_scheduler(folder: Path, fallback: SchedulerConfig) -> SchedulerConfig:
         raise ValueError(f"{path} is for {short(kind)}, must be for {SCHEDULER}")
     known = {field.name for field in fields(SchedulerConfig)}
     for option in SCHEDULER_OPTIONS:
-        if option not in known and values.get(option):
+        if values.get(option):
             raise ValueError(f"{path}: {option} is {short(values[option])}, must be off")
     kind = values.get("time_shift_type", "exponential")
     if kind != "exponential":

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from minidit.checks import reason, short
 from minidit.scheduler import SchedulerConfig
-from weights import common, flux, lumina, sd3
+from weights import common, flux, lumina, lumina2, sd3
 from weights.config import config_from
 from weights.files import (
     Tensors,
@@ -27,12 +27,18 @@ from weights.files import (
 )
 from weights.keymap import Network, Recipe, recipes
 
-FAMILIES = {"sd3": sd3.FAMILY, "lumina": lumina.FAMILY, "flux": flux.FAMILY}
+FAMILIES = {
+    "sd3": sd3.FAMILY,
+    "lumina": lumina.FAMILY,
+    "flux": flux.FAMILY,
+    "lumina2": lumina2.FAMILY,
+}
 NETWORKS: dict[str, Network] = {
     **common.NETWORKS,
     **sd3.NETWORKS,
     **lumina.NETWORKS,
     **flux.NETWORKS,
+    **lumina2.NETWORKS,
 }
 # what config.json and model_index.json call a network -> which, in which layout
 CLASSES = {

@@ -66,7 +66,7 @@ def fetch(repo: str, names: Sequence[str], weights: bool = True) -> Path:
             f"{repo} on the hub has no component folders such as {names[0]}: download the single "
             "file and give its path, or use a repository in the diffusers layout (SD3: "
             "stabilityai/stable-diffusion-3-medium-diffusers or stabilityai/stable-diffusion-3.5-"
-            "medium, Lumina: Alpha-VLLM/Lumina-Next-SFT-diffusers, FLUX: "
+            "medium, Lumina: Alpha-VLLM/Lumina-Next-SFT-diffusers or Lumina-Image-2.0, FLUX: "
             "black-forest-labs/FLUX.1-schnell)"
         )
     return folder

@@ -152,10 +152,10 @@ def _write_rest(
 
 def kind_of(module: Any) -> str:
     """The key in NETWORKS of a module; ValueError for others."""
-    for kind, network in NETWORKS.items():
-        if type(module) is network.module:
-            return kind
-    raise ValueError(f"a {type(module).__name__} is none of the networks known here")
+    kinds = [kind for kind, network in NETWORKS.items() if type(module) is network.module]
+    if not kinds:
+        raise ValueError(f"a {type(module).__name__} is none of the networks known here")
+    return kinds[0] if len(kinds) == 1 else module.config.model_type  # Gemma and Gemma 2
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from minidit.clip import CLIPConfig, CLIPTextEncoder
 from minidit.gemma import GemmaConfig, GemmaEncoder
@@ -21,43 +21,42 @@ from minidit.t5 import T5Config, T5Encoder
 from minidit.vae import VAEConfig
 from weights.load import load_component
 
-PIXELS = 256  # the size that the models are made for
-WINDOW = 24  # text tokens of each tokenizer of SD3
+PIXELS = {"lumina": 384, "sd3": 256}  # the size that each model is made for
+MOST = {"lumina": 3, "sd3": 2}  # things in a picture
+WINDOW = 32  # text tokens of each tokenizer of SD3
 TABLE = 32  # side of SD3's position table, in tokens
 SCHEDULER = SchedulerConfig(shift=3.0, default_steps=24, default_guidance=4.0)
 
-# SD3's VAE in small. Our Lumina-Next has the same one, not SDXL's of 4 channels: it keeps more
-# of the picture, and one training run serves both families.
+# SD3's VAE in small, narrow where pictures are large. Our Lumina-Next has the same one, not SDXL's
+# of 4 channels: it keeps more of the picture, and one training run serves both families.
 VAE = VAEConfig(
     latent_channels=16,
-    block_out_channels=(32, 64, 96, 96),
+    block_out_channels=(16, 32, 64, 128),
     norm_num_groups=8,
-    sample_size=PIXELS,
+    sample_size=256,
     scaling_factor=1.0,
     use_quant_conv=False,
     use_post_quant_conv=False,
 )
 
 
-def new_pipeline(family: str, run: Path) -> Pipeline:
-    """A pipeline of untrained networks with the run's tokenizers and VAE."""
-    vae = load_component(run, "vae")
-    tokenizer = load_component(run, "tokenizer")
-    if family == "sd3":
-        second, third = (load_component(run, f"tokenizer_{i}") for i in (2, 3))
-        transformer, clip, clip_2, t5 = sd3_networks(
-            len(tokenizer.vocab), third.model.get_piece_size()
-        )
+def new_pipeline(family: str, run: Path, device: torch.device) -> Pipeline:
+    """A pipeline of untrained networks with the run's VAE and the family's tokenizers."""
+    shared = {"family": family, "vae": load_component(run, "vae"), "scheduler": SCHEDULER}
+    tokenizer = load_component(run / family, "tokenizer")
+    if family == "lumina":
+        transformer, gemma = lumina_networks(tokenizer.model.get_piece_size())
         return Pipeline(
-            family=family, transformer=transformer, vae=vae, scheduler=SCHEDULER,
-            text_encoder=clip, text_encoder_2=clip_2, text_encoder_3=t5,
-            tokenizer=tokenizer, tokenizer_2=second, tokenizer_3=third,
-        )  # fmt: skip
-    transformer, gemma = lumina_networks(tokenizer.model.get_piece_size())
+            transformer=transformer, text_encoder=gemma, tokenizer=tokenizer, **shared
+        ).to(device)
+    second, third = (load_component(run / family, f"tokenizer_{i}") for i in (2, 3))
+    transformer, clip, clip_2, t5 = sd3_networks(
+        len(tokenizer.vocab), third.model.get_piece_size()
+    )
     return Pipeline(
-        family=family, transformer=transformer, vae=vae, scheduler=SCHEDULER,
-        text_encoder=gemma, tokenizer=tokenizer,
-    )  # fmt: skip
+        transformer=transformer, text_encoder=clip, text_encoder_2=clip_2, text_encoder_3=t5,
+        tokenizer=tokenizer, tokenizer_2=second, tokenizer_3=third, **shared,
+    ).to(device)  # fmt: skip
 
 
 def sd3_networks(clip_vocab: int, t5_vocab: int) -> list[nn.Module]:
@@ -65,7 +64,7 @@ def sd3_networks(clip_vocab: int, t5_vocab: int) -> list[nn.Module]:
     width, clip_widths, t5_width = 256, (64, 96), 160
     transformer = MMDiT(
         MMDiTConfig(
-            sample_size=PIXELS // 8,
+            sample_size=PIXELS["sd3"] // 8,
             num_layers=6,
             num_attention_heads=width // 64,
             joint_attention_dim=t5_width,
@@ -106,7 +105,7 @@ def lumina_networks(gemma_vocab: int) -> list[nn.Module]:
     width, text = 320, 256
     transformer = NextDiT(
         NextDiTConfig(
-            sample_size=PIXELS // 8,
+            sample_size=PIXELS["lumina"] // 8,
             patch_size=2,
             in_channels=VAE.latent_channels,
             hidden_size=width,
@@ -159,26 +158,33 @@ def initialise(network: nn.Module) -> None:
 
 
 def trainable(pipe: Any) -> nn.ModuleDict:
-    """The networks that are trained together: everything but the VAE."""
+    """The networks that are trained together: everything but the VAE, and but what is never run."""
     names = ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
-    return nn.ModuleDict({n: getattr(pipe, n) for n in names if getattr(pipe, n, None) is not None})
+    networks = nn.ModuleDict({n: getattr(pipe, n) for n in names if getattr(pipe, n, None)})
+    for name, weight in networks.named_parameters():
+        weight.requires_grad_(not idle(pipe, name))
+    return networks
 
 
-def encode(pipe: Any, captions: list[str]) -> dict[str, Tensor]:
-    """The transformer's conditioning arguments for captions, with gradients if they are on."""
-    return pipe.encode(captions)
+def idle(pipe: Any, name: str) -> bool:
+    """Whether a parameter takes no part: Lumina reads what enters Gemma's last layer, and
+    Next-DiT's pad_token serves batches of unequal sizes, which we lack."""
+    if pipe.family != "lumina":
+        return False
+    last = f"text_encoder.layers.{len(pipe.text_encoder.layers) - 1}."
+    return name.startswith((last, "text_encoder.final_norm", "transformer.pad_token"))
 
 
-def place(pipe: Any, pixels: int) -> None:
-    """Set SD3's position table for training at a size: always the same coordinates edge to edge.
+def place(pipe: Any, side: int) -> None:
+    """Set SD3's position table for pictures of a side: always the same coordinates edge to edge.
 
     A token of a 128 pixel picture stands for four of a 256 pixel one and gets the position in their
-    midst, so that what was learnt about places carries over. Next-DiT's rotary positions do the
-    same by themselves.
+    midst, so that what was learnt about places carries over. Next-DiT scales its rotary positions
+    itself.
     """
     if pipe.family != "sd3":
         return
-    grid, full = pixels // 16, PIXELS // 16
+    grid, full = side // 16, PIXELS["sd3"] // 16
     at = (torch.arange(TABLE) - (TABLE - grid) / 2 + 0.5) * full / grid - 0.5  # (TABLE,)
     width = pipe.transformer.config.width
     rates = 100.0 ** (-torch.arange(width // 4) / (width // 4))

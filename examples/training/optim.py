@@ -6,6 +6,7 @@ B batch, H heads (of queries), G heads of keys, L queries, S keys, D head width.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,18 +18,14 @@ from torch.overrides import TorchFunctionMode
 
 @dataclass(frozen=True)
 class Plan:
-    """What decides a training run's every number; steps may be raised when it goes on."""
+    """What decides a stage's every number; steps may be raised when it goes on."""
 
-    size: int = 256  # pixels
-    steps: int = 20000  # in all, earlier sizes included
-    batch: int = 32
+    steps: int
+    batch: int
     muon_lr: float = 0.02
     adam_lr: float = 2e-3
     warmup: int = 100
     cooldown: int = 0  # the last steps, in which the learning rate falls to 0
-    shift: float = 4.0  # of the noise levels, towards noise: where the prompt decides
-    empty: float = 0.1  # share of captions left empty, for guidance
-    joint: int = 0  # 1 trains the text encoders on together with the transformer
     seed: int = 0
 
     def rate(self, step: int) -> float:
@@ -37,47 +34,59 @@ class Plan:
         return rising * min(1.0, (self.steps - step) / max(1, self.cooldown))
 
 
-def optimisers(pipe: Any, *networks: nn.Module) -> tuple[Muon, torch.optim.AdamW]:
-    """Muon for the matrices inside blocks and layers, AdamW for all other parameters."""
-    named = [pair for network in networks for pair in network.named_parameters()]
-    if pipe.family == "lumina":  # it reads what enters Gemma's last layer
-        unread = f"text_encoder.layers.{len(pipe.text_encoder.layers) - 1}."
-        named = [(n, p) for n, p in named if not n.startswith(unread)]
-    inner = [(n, p) for n, p in named if re.search(r"(^|\.)(blocks|layers)\.", n)]
-    matrices = [(n, p) for n, p in inner if p.ndim == 2]
-    chosen = {id(p) for _, p in matrices}
-    rest = [p for _, p in named if id(p) not in chosen]
-    return Muon(matrices), torch.optim.AdamW(rest, betas=(0.9, 0.99), weight_decay=0, foreach=True)
+class Optimiser:
+    """Muon for the matrices and convolutions inside networks, AdamW for everything else.
 
+    named are parameters with their names; those that ask for no gradient stay as they are.
+    """
 
-def update(muon: Muon, adam: torch.optim.AdamW, plan: Plan, step: int) -> None:
-    """One step of both optimisers at the plan's rates; forgets the gradients."""
-    rate = plan.rate(step)
-    muon.step(plan.muon_lr * rate)
-    for group in adam.param_groups:
-        group["lr"] = plan.adam_lr * rate
-    adam.step()
-    adam.zero_grad()
-    muon.zero_grad()
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]]) -> None:
+        named = [(name, weight) for name, weight in named if weight.requires_grad]
+        inner = re.compile(r"(^|\.)(blocks|layers|encoder|decoder)\.(?!conv_)")
+        matrices = [(n, p) for n, p in named if inner.search(n) and p.ndim in (2, 4)]
+        matrices = [(n, p) for n, p in matrices if p.shape[1] > 1]  # not one channel alone
+        chosen = {id(p) for _, p in matrices}
+        rest = [p for _, p in named if id(p) not in chosen]
+        self.muon = Muon(matrices)
+        self.adam = torch.optim.AdamW(rest, betas=(0.9, 0.99), weight_decay=0, foreach=True)
+
+    def step(self, plan: Plan, step: int) -> None:
+        """One step at the plan's rates; forgets the gradients."""
+        rate = plan.rate(step)
+        self.muon.step(plan.muon_lr * rate)
+        for group in self.adam.param_groups:
+            group["lr"] = plan.adam_lr * rate
+        self.adam.step()
+        self.adam.zero_grad()
+        self.muon.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"muon": self.muon.momentum, "adam": self.adam.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for shape, momentum in state["muon"].items():
+            self.muon.momentum[shape].copy_(momentum)
+        self.adam.load_state_dict(state["adam"])
 
 
 class Muon:
     """Momentum, made orthogonal before it is applied: every direction of a matrix moves alike.
 
-    Matrices that are several in one (qkv, the chunks of a modulation) are treated one by one.
-    Matrices of one shape are stacked, so that the Newton-Schulz iteration is a few large products.
+    Matrices that are several in one (qkv, the chunks of a modulation) are treated one by one, and a
+    convolution as the matrix of all that enters an output channel. Matrices of one shape are
+    stacked, so that the Newton-Schulz iteration is a few large products.
     """
 
     def __init__(self, named: list[tuple[str, nn.Parameter]], decay: float = 0.01) -> None:
         self.decay = decay
         self.groups: dict[tuple[int, int], list[tuple[nn.Parameter, int]]] = {}
         for name, weight in named:
-            rows, columns = weight.shape
+            rows, columns = weight.flatten(1).shape
             several = name.endswith(("qkv.weight", "modulation.weight")) and rows % columns == 0
             parts = rows // columns if several else 1
             self.groups.setdefault((rows // parts, columns), []).append((weight, parts))
         self.momentum = {
-            shape: torch.zeros(sum(parts for _, parts in group), *shape)
+            shape: group[0][0].new_zeros(sum(parts for _, parts in group), *shape)
             for shape, group in self.groups.items()
         }
 
@@ -85,14 +94,14 @@ class Muon:
     def step(self, lr: float, beta: float = 0.95) -> None:
         for (rows, columns), group in self.groups.items():
             momentum = self.momentum[rows, columns]  # (matrices, rows, columns)
-            grads = torch.cat([weight.grad.view(-1, rows, columns) for weight, _ in group])
+            grads = torch.cat([weight.grad.reshape(-1, rows, columns) for weight, _ in group])
             momentum.lerp_(grads, 1 - beta)
             update = orthogonal(grads.lerp_(momentum, beta))  # Nesterov's look ahead
-            scale = lr * max(1, rows / columns) ** 0.5
             pieces = update.float().split([parts for _, parts in group])
-            weights = [weight.data.view(-1, rows, columns) for weight, _ in group]
+            weights = [weight.data for weight, _ in group]
+            pieces = [piece.reshape(w.shape) for piece, w in zip(pieces, weights, strict=True)]
             torch._foreach_mul_(weights, 1 - lr * self.decay)
-            torch._foreach_add_(weights, pieces, alpha=-scale)
+            torch._foreach_add_(weights, pieces, alpha=-lr * max(1, rows / columns) ** 0.5)
 
     def zero_grad(self) -> None:
         for group in self.groups.values():
@@ -103,11 +112,11 @@ class Muon:
 def orthogonal(matrices: Tensor, iterations: int = 5) -> Tensor:
     """The nearest orthogonal matrices (n, rows, columns), roughly: singular values 0.7 to 1.2.
 
-    Newton-Schulz iteration with Jordan's coefficients, in bfloat16.
+    Newton-Schulz iteration with Jordan's coefficients, in bfloat16 where that is fast.
     """
     tall = matrices.shape[1] > matrices.shape[2]
-    x = (matrices.mT if tall else matrices).bfloat16().contiguous()
-    x /= x.norm(dim=(1, 2), keepdim=True) + 1e-7
+    x = (matrices.mT if tall else matrices).to(fast_dtype(matrices.device)).contiguous()
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(iterations):
         a = torch.bmm(x, x.mT)
         b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
@@ -115,15 +124,30 @@ def orthogonal(matrices: Tensor, iterations: int = 5) -> Tensor:
     return x.mT if tall else x
 
 
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the processor multiplies it, which is three times as fast; else float32.
+
+    A CPU without such instructions takes many times longer for bfloat16 than for float32.
+    """
+    fast = device.type != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return torch.bfloat16 if fast else torch.float32
+
+
+def autocast(device: torch.device) -> Any:
+    """Products in bfloat16 where that is fast."""
+    dtype = fast_dtype(device)
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
 class PlainAttention(TorchFunctionMode):
     """Within it, attention is two matrix products and a softmax instead of torch's fused kernel.
 
     On a CPU, at a few hundred tokens, the fused kernel's backward pass takes three to five times as
-    long, which made it a quarter of a training step.
+    long, which made it a quarter of a training step. On other devices nothing changes.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.scaled_dot_product_attention:
+        if func is F.scaled_dot_product_attention and args[0].device.type == "cpu":
             func = plain_attention
         return func(*args, **(kwargs or {}))
 
@@ -149,8 +173,3 @@ def plain_attention(
             scores = scores + attn_mask.to(scores.dtype)
         scores = scores.flatten(0, 1)
     return torch.bmm(scores.softmax(dim=-1).to(v.dtype), v).view(B, H, L, D)
-
-
-def autocast() -> Any:
-    """bfloat16 products where the processor has them, which is three times as fast."""
-    return torch.autocast("cpu", torch.bfloat16)

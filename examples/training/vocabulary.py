@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,44 +12,45 @@ from typing import Any
 import sentencepiece
 
 from minidit import tokenizers
-from training import emoji
 from training.files import write_json
 from training.models import WINDOW
+from training.scenes import Name, caption, random_scene
 
 MERGES = 2500  # of the CLIP vocabulary: nearly every word of the captions becomes one token
 PIECES = 1600  # of the SentencePiece vocabularies
 
 
-def write_tokenizers(family: str, names: list[str], run: Path) -> None:
-    """Train the family's tokenizers on all captions and write them as the official files."""
-    texts = [emoji.caption(name, colour) for name in names for colour in emoji.COLOURS]
-    texts += [f"{article} {name}" for name in names for article in ("a", "an")] * 2
+def write_tokenizers(family: str, names: Sequence[Name], folder: Path, count: int = 8000) -> None:
+    """Train the family's tokenizers on captions and write them as the official files."""
+    rng = random.Random("captions")
+    texts = [caption(random_scene(rng, names), rng) for _ in range(count)]
+    texts += [text for name in names for text in (name.text, name.plural or name.text)]
     if family == "lumina":
         write_sentencepiece(
-            [text.lower() for text in texts], run / "tokenizer/tokenizer.model", pad_id=0, eos_id=1,
-            bos_id=2, unk_id=3, byte_fallback=True, normalization_rule_name="identity",
+            [text.lower() for text in texts], folder / "tokenizer/tokenizer.model", pad_id=0,
+            eos_id=1, bos_id=2, unk_id=3, byte_fallback=True, normalization_rule_name="identity",
             add_dummy_prefix=False, remove_extra_whitespaces=False,
         )  # fmt: skip
         tokens = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
         config = {"tokenizer_class": "GemmaTokenizer", **tokens, "unk_token": "<unk>"}
-        write_json(run / "tokenizer/tokenizer_config.json", config | {"padding_side": "right"})
+        write_json(folder / "tokenizer/tokenizer_config.json", config | {"padding_side": "right"})
         return
     vocab, merges = train_bpe(texts, MERGES)
-    for folder, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
-        write_json(run / folder / "vocab.json", vocab)
+    for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
+        write_json(folder / name / "vocab.json", vocab)
         lines = ["#version: 0.2", *(" ".join(pair) for pair in merges), ""]
-        (run / folder / "merges.txt").write_text("\n".join(lines), "utf-8")
+        (folder / name / "merges.txt").write_text("\n".join(lines), "utf-8")
         end = "<|endoftext|>"
         tokens = {"bos_token": "<|startoftext|>", "eos_token": end, "unk_token": end}
         config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": WINDOW, **tokens}
-        write_json(run / folder / "tokenizer_config.json", config | {"pad_token": pad})
+        write_json(folder / name / "tokenizer_config.json", config | {"pad_token": pad})
     write_sentencepiece(
-        texts, run / "tokenizer_3/spiece.model", pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+        texts, folder / "tokenizer_3/spiece.model", pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
         normalization_rule_name="nmt_nfkc_cf",
     )  # fmt: skip
     tokens = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "extra_ids": 0}
     config = {"tokenizer_class": "T5Tokenizer", "model_max_length": WINDOW, **tokens}
-    write_json(run / "tokenizer_3/tokenizer_config.json", config)
+    write_json(folder / "tokenizer_3/tokenizer_config.json", config)
 
 
 def train_bpe(texts: list[str], merges: int) -> tuple[dict[str, int], list[tuple[str, str]]]:

@@ -1,0 +1,101 @@
+"""The stage `scenes`: pictures composed and encoded ahead, in files that training reads from.
+
+C latent channels, h and w latent size.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+from tqdm import tqdm
+
+from training.scenes import Name, Scene, Sprites, draw, random_scene
+from training.vae import encode_images
+
+
+class Latents:
+    """Latents of scenes of one size, memory-mapped: array float16 (count, C, h, w).
+
+    Scene number n is a function of n, so a file keeps of it the latents and the number alone. Slot
+    i begins with scene i; `renew` gives slots new scenes, the oldest first, while training goes on.
+    Raises FileNotFoundError, which names the command to run, if there is no file.
+    """
+
+    def __init__(self, folder: Path, height: int, width: int, names: Sequence[Name]) -> None:
+        path = latents_path(folder, height, width)
+        if not path.is_file():
+            raise FileNotFoundError(f"no {path}; make it with `python examples/train.py scenes`")
+        self.size, self.names = (height, width), names
+        self.array = np.load(path, mmap_mode="r+")
+        self.numbers = np.load(numbers_path(path), mmap_mode="r+")  # -1: nothing there yet
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def scene(self, number: int) -> Scene:
+        rng = random.Random(f"scene/{number}")
+        return random_scene(rng, self.names, aspect=self.size[1] / self.size[0])
+
+    def batch(
+        self, count: int, rng: random.Random, most: int = 3
+    ) -> tuple[np.ndarray, list[Scene]]:
+        """Latents float32 (count, C, h, w) of random scenes of at most `most` things, and these."""
+        slots, scenes = [], []
+        while len(slots) < count:
+            slot = rng.randrange(len(self.array))
+            number = int(self.numbers[slot])
+            scene = self.scene(number)
+            if number >= 0 and len(scene.things) <= most:
+                slots.append(slot)
+                scenes.append(scene)
+        return self.array[slots].astype(np.float32), scenes
+
+    def renew(
+        self, vae: nn.Module, sprites: Sprites, renewals: int, progress: bool = False
+    ) -> None:
+        """Make the file what it is after `renewals` renewals, from whatever it is now.
+
+        An interrupted run may have renewed more than its last checkpoint knows: this goes back.
+        """
+        count = len(self.array)
+        expected = np.arange(count) + count * ((renewals + count - 1 - np.arange(count)) // count)
+        slots = np.flatnonzero(self.numbers != expected)
+        title = "encoding {} x {}".format(*self.size)
+        for slot in tqdm(slots, desc=title, unit="scene", disable=not progress):
+            picture = draw(self.scene(int(expected[slot])), sprites, *self.size)
+            self.numbers[slot] = -1
+            self.array[slot] = encode_images(vae, picture[None])[0].cpu().numpy()
+            self.numbers[slot] = expected[slot]
+
+
+def prepare(
+    folder: Path, vae: nn.Module, sprites: Sprites, sizes: Sequence[tuple[int, int]], count: int
+) -> None:
+    """Compose and encode `count` scenes of each size; goes on where it was interrupted.
+
+    Raises ValueError for a size that is no multiple of 16, before anything is written.
+    """
+    for size in sizes:
+        if any(side < 64 or side % 16 for side in size):
+            raise ValueError("size is {}x{}, sides must be multiples of 16 from 64".format(*size))
+    folder.mkdir(parents=True, exist_ok=True)
+    for height, width in sizes:
+        path = latents_path(folder, height, width)
+        if not path.is_file():
+            shape = (count, vae.config.latent_channels, height // 8, width // 8)
+            numbers = np.full(count, -1)
+            np.save(numbers_path(path), numbers)
+            np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
+        Latents(folder, height, width, sprites.names).renew(vae, sprites, 0, progress=True)
+
+
+def latents_path(folder: Path, height: int, width: int) -> Path:
+    return folder / f"{height}x{width}.npy"
+
+
+def numbers_path(path: Path) -> Path:
+    return path.with_suffix(".numbers.npy")

@@ -1,0 +1,90 @@
+"""The stage `text`: teach the text encoders what captions mean, before there is a transformer.
+
+B batch, L text tokens, C latent channels.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from training import models
+from training.latents import Latents
+from training.loop import Loop, save
+from training.optim import Optimiser, PlainAttention, Plan, autocast
+from training.scenes import Background, Name, Scene, Sprites, Thing, caption, draw
+from training.vae import encode_images
+from training.vocabulary import write_tokenizers
+
+GRID = 8  # side of the thumbnails
+
+
+def train_text(
+    family: str, run: Path, packages: Path, plan: Plan, size: tuple[int, int],
+    device: torch.device, save_minutes: float = 3.0,
+) -> None:  # fmt: skip
+    """Teach the text encoders what a caption's picture looks like.
+
+    The official encoders come trained on more text than there is in our captions; a transformer
+    that trains together with raw ones finds out very slowly that names matter. So each kind of
+    their output learns to predict, by one linear map, a thumbnail of the scene (its latents at
+    8 x 8: the background, and what is on which side) and the mean of portraits of its things (what
+    they look like, wherever they are). Nothing but the encoders is kept, in text.pt of the family.
+    """
+    torch.manual_seed(plan.seed)
+    sprites = Sprites(packages)
+    if not (run / family / "tokenizer").is_dir():
+        write_tokenizers(family, sprites.names, run / family)
+    data = Latents(run / "data", *size, sprites.names)
+    pipe = models.new_pipeline(family, run, device)
+    encoders = models.trainable(pipe).train()
+    del encoders["transformer"]
+    seen = portraits(pipe.vae, sprites)
+    channels = data.array.shape[1]
+    widths = [view.shape[1] for view in text_views(pipe.encode([""]))]
+    heads = nn.ModuleList(nn.Linear(width, 2 * GRID**2 * channels) for width in widths).to(device)
+    optimiser = Optimiser([*encoders.named_parameters(), *heads.named_parameters()])
+    parts = {"encoders": encoders, "heads": heads, "optimiser": optimiser}
+    loop = Loop(run / family / "text-checkpoint.pt", plan.steps, parts, save_minutes)
+    for step in loop:
+        rng = random.Random(f"text/{plan.seed}/{step}")
+        pictures, scenes = data.batch(plan.batch, rng, models.MOST[family])
+        captions = [caption(scene, rng) for scene in scenes]
+        thumbnails = F.adaptive_avg_pool2d(torch.from_numpy(pictures), GRID).flatten(1)
+        looks = torch.stack([mean_portrait(scene, seen) for scene in scenes])
+        target = torch.cat((thumbnails, looks), dim=1).to(device)  # (B, 2 * 64 * C)
+        with autocast(device), PlainAttention():
+            views = text_views(pipe.encode(captions))
+            drawn = [head(view) for head, view in zip(heads, views, strict=True)]
+        loss = sum(F.mse_loss(one.float(), target) for one in drawn) / len(heads)
+        loss.backward()
+        optimiser.step(plan, step)
+        loop.log(loss)
+    save(encoders.state_dict(), run / family / "text.pt")
+
+
+def portraits(vae: nn.Module, sprites: Sprites) -> dict[Name, Tensor]:
+    """What each name's thing looks like: latents (64 * C,) of a small picture of it on gray."""
+    found = {}
+    for name in sprites.names:
+        thing = Thing(name, 0.5, 0.5, 0.9, mirror=False, angle=0.0)
+        picture = draw(Scene((thing,), Background("plain", ("gray",))), sprites, 64, 64)
+        found[name] = encode_images(vae, picture[None]).cpu().flatten()
+    return found
+
+
+def mean_portrait(scene: Scene, seen: dict[Name, Tensor]) -> Tensor:
+    return torch.stack([seen[name] for name in scene.names]).mean(dim=0)
+
+
+def text_views(cond: dict[str, Tensor]) -> list[Tensor]:
+    """The conditioning as vectors (B, size): SD3's pooled state and the mean of each window, or
+    the mean of Lumina's states."""
+    if "pooled" in cond:
+        return [cond["pooled"], *(half.mean(dim=1) for half in cond["context"].chunk(2, dim=1))]
+    mask = cond["context_mask"][..., None]  # (B, L, 1)
+    return [(cond["context"] * mask).sum(dim=1) / mask.sum(dim=1)]

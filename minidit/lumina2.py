@@ -1,0 +1,335 @@
+"""Unified Next-DiT: the diffusion transformer of Lumina-Image 2.0 (arXiv 2503.21758).
+
+Text and image tokens are one sequence with one set of weights, told apart by three-axis rotary
+positions. Before they meet, the image runs through noise refiners and the text through context
+refiners; the latter see neither noise level nor image, so `Lumina2.prepare` runs them once for all
+steps. The official code runs time from 0 = noise to 1 = image and predicts image - noise; both are
+turned round here, so that callers see a noise level and a velocity as in `MMDiT`.
+Region-Adaptive Sampling is `active` and `cache` of `Lumina2.forward`.
+
+B batch, N image tokens, K active image tokens (K = N in a dense step), L text tokens, M tokens of a
+sequence (K, L or K + L), H heads, G key-value heads, D head width, C width of the network, P patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minidit.parts import (
+    MLP,
+    GatedMLP,
+    RMSNorm,
+    Rope,
+    ScaledHead,
+    attention,
+    batch_sigma,
+    check_config,
+    check_latents,
+    check_text,
+    rotate,
+    time_features,
+    turns,
+)
+from ras.cache import KVCache
+from ras.tokens import flat_rows, patchify, put_, take, unpatchify
+
+
+@dataclass(frozen=True)
+class Lumina2Config:
+    """Sizes of Lumina-Image 2.0; the fields carry the names of the official config.json.
+
+    axes_dim_rope splits a head's channels between text position, row and column; axes_lens says how
+    many positions of each the model was made for.
+    """
+
+    sample_size: int = 128
+    patch_size: int = 2
+    in_channels: int = 16
+    out_channels: int | None = None
+    hidden_size: int = 2304
+    num_layers: int = 26
+    num_refiner_layers: int = 2
+    num_attention_heads: int = 24
+    num_kv_heads: int | None = 8
+    multiple_of: int = 256
+    ffn_dim_multiplier: float | None = None
+    norm_eps: float = 1e-5
+    axes_dim_rope: tuple[int, ...] = (32, 32, 32)
+    axes_lens: tuple[int, ...] = (300, 512, 512)
+    cap_feat_dim: int = 2304
+
+    @property
+    def head_dim(self) -> int:
+        """D."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def kv_width(self) -> int:
+        """G * D, the width of keys and of values."""
+        return (self.num_kv_heads or self.num_attention_heads) * self.head_dim
+
+    @property
+    def cond_width(self) -> int:
+        """Width of the embedding of time."""
+        return min(self.hidden_size, 1024)
+
+    @property
+    def mlp_width(self) -> int:
+        """Four widths, rounded up; not 8/3 of them as in Lumina-Next."""
+        width = int((self.ffn_dim_multiplier or 1) * 4 * self.hidden_size)
+        return -(-width // self.multiple_of) * self.multiple_of
+
+    def __post_init__(self) -> None:
+        check_config(self)
+        if self.out_channels not in (None, self.in_channels):
+            raise ValueError(
+                f"out_channels is {self.out_channels}, must be null or "
+                f"in_channels = {self.in_channels}"
+            )
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size is {self.hidden_size}, must be a multiple of "
+                f"num_attention_heads = {self.num_attention_heads}"
+            )
+        if self.num_kv_heads is not None and self.num_attention_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads is {self.num_kv_heads}, "
+                f"must divide num_attention_heads = {self.num_attention_heads}"
+            )
+        axes = self.axes_dim_rope
+        if len(axes) != 3 or any(d < 2 or d % 2 for d in axes) or sum(axes) != self.head_dim:
+            raise ValueError(
+                f"axes_dim_rope is {axes}, must be three even numbers that add up to the width of "
+                f"a head, {self.head_dim}"
+            )
+        if len(self.axes_lens) != 3 or min(self.axes_lens) < 1:
+            raise ValueError(f"axes_lens is {self.axes_lens}, must be three numbers of at least 1")
+        if self.ffn_dim_multiplier is not None and not self.ffn_dim_multiplier > 0:
+            raise ValueError(f"ffn_dim_multiplier is {self.ffn_dim_multiplier}, must be above 0")
+        if not self.norm_eps > 0:
+            raise ValueError(f"norm_eps is {self.norm_eps}, must be above 0")
+
+
+class Lumina2(nn.Module):
+    """The velocity of Lumina-Image 2.0 as a function of noisy latents, noise level and prompt."""
+
+    guided_channels = None  # guidance acts on every latent channel
+
+    def __init__(self, config: Lumina2Config) -> None:
+        super().__init__()
+        self.config = c = config
+        C, P, depth = c.hidden_size, c.patch_size, c.num_refiner_layers
+        self.patch_embed = nn.Linear(P * P * c.in_channels, C)
+        self.time_embed = MLP(256, c.cond_width, c.cond_width)
+        self.context_norm = RMSNorm(c.cap_feat_dim, c.norm_eps)
+        self.context_embed = nn.Linear(c.cap_feat_dim, C)
+        self.context_refiner = nn.ModuleList(Block(c, modulated=False) for _ in range(depth))
+        self.noise_refiner = nn.ModuleList(Block(c, ("noise_refiner", i)) for i in range(depth))
+        self.blocks = nn.ModuleList(Block(c, i) for i in range(c.num_layers))
+        self.final = ScaledHead(C, c.cond_width, P * P * c.in_channels)
+
+    def forward(
+        self,
+        latents: Tensor,
+        sigma: Tensor | float,
+        context: Tensor,
+        context_mask: Tensor,
+        *,
+        active: Tensor | None = None,
+        cache: KVCache | None = None,
+        refined: bool = False,
+    ) -> Tensor:
+        """Velocity (B, in_channels, height, width) = d latents / d sigma.
+
+        latents (B, in_channels, height, width): any size that P divides and axes_lens covers
+        sigma   noise level in [0, 1], 1 = pure noise: a number, or one per sample (B,)
+        context (B, L, cap_feat_dim): the prompt; context_mask (B, L), bool or 0 and 1, says which
+                of its tokens are text, padding may be on either side
+        active  (B, K) int64, the image tokens to compute (row-major numbers, each at most once);
+                None computes all. Needs a cache that a dense step has filled. The velocity of the
+                other, stale tokens is zero here: `denoise` puts in what was kept for them.
+        cache   keys and values, written here; None for plain dense sampling
+        refined says that context comes from `prepare`, which spares each step the context refiners
+        Raises ValueError for shapes that do not fit.
+        """
+        height, width, P = *latents.shape[-2:], self.config.patch_size
+        self._check(latents, context, context_mask, active, cache, refined)
+        latents = latents.to(self.patch_embed.weight.dtype)
+        time = 1 - batch_sigma(sigma, latents)  # (B,), from 0 = noise to 1 = image
+        cond = F.silu(self.time_embed(time_features(time, 256).to(latents.dtype)))  # (B, cond_w.)
+        if not refined:
+            context = self.prepare(context, context_mask)["context"]  # (B, L, C)
+
+        # 1. Keep the active rows of all image tokens, embed, position and refine them.
+        patches = patchify(latents, P).flatten(2)  # (B, N, P*P*in_channels)
+        N, L = patches.shape[1], context.shape[1]
+        tokens = torch.arange(N, device=latents.device)[None]  # (1, N)
+        rows = joint_rows = None  # rows of the image's and of the joint sequence's caches
+        if active is not None:
+            tokens, rows = active, flat_rows(active, N)  # (B, K) both
+            text_index = torch.arange(N, N + L, device=active.device).expand(len(active), L)
+            joint_rows = flat_rows(torch.cat((active, text_index), dim=1), N + L)  # (B, K + L)
+            patches = take(patches, rows)  # (B, K, P*P*in_channels)
+        x = self.patch_embed(patches)  # (B, K, C)
+        image_place = image_places(tokens, width // P, context_mask)  # (B, K, 3)
+        rope = self._rotations(image_place)
+        for block in self.noise_refiner:
+            x = block(x, rope, None, cond, rows, cache)
+
+        # 2. Every block: active queries attend to all keys and values, fresh or cached. The text,
+        # behind the image, is always fresh; attention does not see the order, only positions.
+        K = x.shape[1]
+        x = torch.cat((x, context), dim=1)  # (B, K + L, C)
+        rope = self._rotations(torch.cat((image_place, text_places(context_mask)), dim=1))
+        mask = F.pad(context_mask.bool(), (N, 0), value=True)[:, None, None]  # (B, 1, 1, N + L)
+        for block in self.blocks:
+            x = block(x, rope, mask, cond, joint_rows, cache)
+
+        # 3. The head runs on active rows; the others are filled in by whoever kept them.
+        x = self.final(x[:, :K], cond)  # (B, K, P*P*in_channels)
+        if active is not None:
+            x = put_(x.new_zeros(len(x), N, x.shape[2]), rows, x)  # (B, N, P*P*in_channels)
+        return -unpatchify(x, height, width, P)  # (B, in_channels, height, width)
+
+    def prepare(
+        self, context: Tensor, context_mask: Tensor, refined: bool = False
+    ) -> dict[str, Any]:
+        """The same conditioning after the context refiners, whose work no step can change.
+
+        context (B, L, cap_feat_dim), context_mask (B, L) -> arguments for `forward` in place of
+        these; `denoise` does it before its first step. Refined ones are left as they are.
+        """
+        if refined:
+            return {"context": context, "context_mask": context_mask, "refined": True}
+        check_text(context, context_mask, len(context), self.config.cap_feat_dim)
+        mask = context_mask.bool()
+        x = context.to(self.patch_embed.weight.dtype)
+        x = x.masked_fill(~mask[:, :, None], 0)  # whatever padding holds, even NaN
+        x = self.context_embed(self.context_norm(x))  # (B, L, C)
+        rope = self._rotations(text_places(mask))
+        # a prompt without text attends to its padding instead of to nothing; no image sees it
+        keys = (mask | ~mask.any(1, keepdim=True))[:, None, None]  # (B, 1, 1, L)
+        for block in self.context_refiner:
+            x = block(x, rope, keys)
+        return {"context": x, "context_mask": context_mask, "refined": True}
+
+    def _rotations(self, place: Tensor) -> Rope:
+        """What turns the heads of tokens at these places (B, M, 3).
+
+        Each axis has channels of its own, one axis after the other; pair j of the d channels of an
+        axis turns by position * 10000 ** (-2j / d).
+        """
+        angles = []
+        for axis, d in enumerate(self.config.axes_dim_rope):
+            f = 10000.0 ** (torch.arange(0, d, 2, device=place.device) / -d)  # (d/2,)
+            angles.append(place[:, :, axis, None] * f)  # (B, M, d/2)
+        return turns(torch.cat(angles, dim=2)[:, :, None])
+
+    def _check(self, latents, context, context_mask, active, cache, refined) -> None:
+        c = self.config
+        check_latents(latents, c.in_channels, c.patch_size, active, cache)
+        height, width = latents.shape[-2:]
+        tall, wide = (length * c.patch_size for length in c.axes_lens[1:])
+        if height > tall or width > wide:
+            raise ValueError(
+                f"latents are {height}x{width}, but the positions of this model end at "
+                f"{tall}x{wide} (axes_lens)"
+            )
+        check_text(
+            context, context_mask, len(latents), c.hidden_size if refined else c.cap_feat_dim
+        )
+
+
+def text_places(context_mask: Tensor) -> Tensor:
+    """Positions (B, L, 3) of text tokens on the three axes: (0, 0, 0), (1, 0, 0) .. and so on,
+    counting real tokens (B, L) only; what padding gets means nothing."""
+    return F.pad(context_mask.long().cumsum(1)[:, :, None] - 1, (0, 2))
+
+
+def image_places(tokens: Tensor, w: int, context_mask: Tensor) -> Tensor:
+    """Positions (B, K, 3) of image tokens (B or 1, K) in a grid w wide: (n, row, column), behind
+    the n tokens of their sample's text."""
+    n = context_mask.long().sum(1, keepdim=True)  # (B, 1)
+    return torch.stack(torch.broadcast_tensors(n, tokens // w, tokens % w), dim=2)
+
+
+class Block(nn.Module):
+    """Self-attention, then an MLP, each with a norm before and after it.
+
+    layer is the name of its keys and values in the cache. Context refiners have no modulation.
+    """
+
+    def __init__(
+        self, config: Lumina2Config, layer: Hashable = None, modulated: bool = True
+    ) -> None:
+        super().__init__()
+        C, eps = config.hidden_size, config.norm_eps
+        self.modulation = nn.Linear(config.cond_width, 4 * C) if modulated else None
+        self.attn_norm1 = RMSNorm(C, eps)
+        self.attn = Attention(config, layer)
+        self.attn_norm2 = RMSNorm(C, eps)
+        self.ffn_norm1 = RMSNorm(C, eps)
+        self.mlp = GatedMLP(C, config.mlp_width)
+        self.ffn_norm2 = RMSNorm(C, eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: Rope,
+        mask: Tensor | None,
+        cond: Tensor | None = None,
+        rows: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """x (B, M, C), mask (B, 1, 1, keys), cond (B, cond_width), rows (B, M) of the cache -> x.
+
+        mask None: all keys are seen; rows None: x is the whole sequence.
+        """
+        scale_attn = gate_attn = scale_mlp = gate_mlp = 1.0
+        if self.modulation is not None:
+            chunks = self.modulation(cond)[:, None].chunk(4, dim=2)  # (B, 1, C) each
+            scale_attn, scale_mlp = 1 + chunks[0], 1 + chunks[2]
+            gate_attn, gate_mlp = chunks[1].tanh(), chunks[3].tanh()
+        out = self.attn(self.attn_norm1(x, scale_attn), rope, mask, rows, cache)
+        x = x + self.attn_norm2(out, gate_attn)
+        out = self.mlp(self.ffn_norm1(x, scale_mlp))
+        return x + self.ffn_norm2(out, gate_mlp)
+
+
+class Attention(nn.Module):
+    """Self-attention of one sequence with normed, rotated queries and keys."""
+
+    def __init__(self, config: Lumina2Config, layer: Hashable) -> None:
+        super().__init__()
+        C, kv, D = config.hidden_size, config.kv_width, config.head_dim
+        self.layer, self.head_dim = layer, D
+        self.q, self.q_norm = nn.Linear(C, C, bias=False), RMSNorm(D, config.norm_eps)
+        self.k, self.k_norm = nn.Linear(C, kv, bias=False), RMSNorm(D, config.norm_eps)
+        self.v = nn.Linear(C, kv, bias=False)
+        self.out = nn.Linear(C, C, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: Rope,
+        mask: Tensor | None,
+        rows: Tensor | None,
+        cache: KVCache | None,
+    ) -> Tensor:
+        """x (B, M, C) -> (B, M, C); with a cache, its rows are all that is attended to."""
+        q = rotate(self.q_norm(self._heads(self.q(x))), rope)  # (B, M, H, D)
+        k = rotate(self.k_norm(self._heads(self.k(x))), rope)  # (B, M, G, D)
+        v = self._heads(self.v(x))  # (B, M, G, D)
+        if cache is not None:
+            k, v = cache.write(self.layer, k, v, rows)  # (B, N or N + L, G, D)
+        return self.out(attention(q, k, v, mask=mask))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """(B, M, heads * D) -> (B, M, heads, D)."""
+        return x.unflatten(2, (-1, self.head_dim))
