@@ -142,6 +142,12 @@ def test_names_of_tensors_and_of_merges(name: str, folder: Path) -> None:
     refused(lambda: READERS["tokenizer/vocab.json"](folder), "merges.txt, line 1")
 
 
+def test_large_integers_in_place_of_floats_are_floats(folder: Path) -> None:
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"shift": 2**70}))
+    config = load_component(folder, "scheduler")
+    assert config.sigmas(4, "euler", 64).isfinite().all()
+
+
 def test_headers_of_a_million_tensors(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     length = 70_000_000
