@@ -74,8 +74,6 @@ def load(
     device = checks.device(device)
     checks.flag("offload", offload)
     checks.flag("use_t5", use_t5)
-    if not isinstance(extra, list | tuple):
-        raise ValueError(f"extra is {checks.short(extra)}, must be a list of files or folders")
     kept = "cpu" if offload else device
     family, parts = load_parts(path, device=kept, dtype=dtype, use_t5=use_t5, extra=extra)
     vae = parts["vae"]

@@ -43,7 +43,7 @@ class CLIPConfig:
             )
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(
-                f"hidden_act is {self.hidden_act!r}, must be one of {', '.join(ACTIVATIONS)}"
+                f"hidden_act is {self.hidden_act!r:.80}, must be one of {', '.join(ACTIVATIONS)}"
             )
 
 

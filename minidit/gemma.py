@@ -83,7 +83,9 @@ class GemmaConfig:
         # "gelu" in Gemma's files is an old mistake: it was trained with the tanh approximation
         activation = self.hidden_activation or self.hidden_act
         if activation not in ("gelu", "gelu_pytorch_tanh"):
-            raise ValueError(f"hidden_act is {activation!r}, must be 'gelu' or 'gelu_pytorch_tanh'")
+            raise ValueError(
+                f"hidden_act is {activation!r:.80}, must be 'gelu' or 'gelu_pytorch_tanh'"
+            )
         if (
             self.rope_scaling
             or (self.rope_parameters or {}).get("rope_type", "default") != "default"

@@ -64,7 +64,7 @@ class MMDiTConfig:
                 f"num_attention_heads * attention_head_dim = {self.width}"
             )
         if self.qk_norm not in (None, "rms_norm"):
-            raise ValueError(f"qk_norm is {self.qk_norm!r}, must be null or 'rms_norm'")
+            raise ValueError(f"qk_norm is {self.qk_norm!r:.80}, must be null or 'rms_norm'")
         bad = [i for i in self.dual_attention_layers if not 0 <= i < self.num_layers]
         if bad:
             raise ValueError(

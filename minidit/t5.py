@@ -37,7 +37,8 @@ class T5Config:
         check_config(self)
         if self.feed_forward_proj != "gated-gelu":
             raise ValueError(
-                f"feed_forward_proj is {self.feed_forward_proj!r}, must be 'gated-gelu' (T5 v1.1)"
+                f"feed_forward_proj is {self.feed_forward_proj!r:.80}, must be 'gated-gelu', as in "
+                "T5 v1.1"
             )
         buckets, distance = (
             self.relative_attention_num_buckets,

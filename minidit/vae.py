@@ -62,9 +62,11 @@ class VAEConfig:
         for name, kind in (("down", "DownEncoderBlock2D"), ("up", "UpDecoderBlock2D")):
             types = getattr(self, f"{name}_block_types")
             if types is not None and types != (kind,) * len(widths):
-                raise ValueError(f"{name}_block_types is {types}, must be {len(widths)} x {kind!r}")
+                raise ValueError(
+                    f"{name}_block_types is {str(types):.80}, must be {len(widths)} x {kind!r}"
+                )
         if self.act_fn != "silu":
-            raise ValueError(f"act_fn is {self.act_fn!r}, must be 'silu'")
+            raise ValueError(f"act_fn is {self.act_fn!r:.80}, must be 'silu'")
         if not self.mid_block_add_attention:
             raise ValueError("mid_block_add_attention is False, must be True")
         if not math.isfinite(self.scaling_factor) or self.scaling_factor == 0:

@@ -46,16 +46,16 @@ VAE = VAEConfig(
     scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False,
 )  # fmt: skip
 CLIP_L = CLIPConfig(
-    vocab_size=1000, hidden_size=64, intermediate_size=80, projection_dim=64, num_hidden_layers=2,
+    vocab_size=1200, hidden_size=64, intermediate_size=80, projection_dim=64, num_hidden_layers=2,
     num_attention_heads=1, hidden_act="quick_gelu", eos_token_id=2,
 )  # fmt: skip
 CLIP_G = CLIPConfig(
-    vocab_size=1000, hidden_size=128, intermediate_size=96, projection_dim=128, num_hidden_layers=2,
+    vocab_size=1200, hidden_size=128, intermediate_size=96, projection_dim=128, num_hidden_layers=2,
     num_attention_heads=2, hidden_act="gelu", eos_token_id=2,
 )  # fmt: skip
 T5 = T5Config(vocab_size=900, d_model=192, d_kv=16, d_ff=48, num_layers=2, num_heads=2)
 GEMMA = GemmaConfig(
-    vocab_size=640, hidden_size=24, intermediate_size=32, num_hidden_layers=2,
+    vocab_size=800, hidden_size=24, intermediate_size=32, num_hidden_layers=2,
     num_attention_heads=2, num_key_value_heads=1, head_dim=8,
 )  # fmt: skip
 SD3 = {

@@ -32,6 +32,8 @@ def config_from(cls: type[C], values: Mapping[str, Any], path: str | Path) -> C:
             fits, words = _judge(value, hint)
             if not fits:
                 raise ValueError(f"{path}: {field.name} is {short(value)}, must be {words}")
+            if type(value) is int and float in (hint, *get_args(hint)):
+                value = float(value)  # torch takes no integer of more than 64 bits for a number
             found[field.name] = tuple(value) if isinstance(value, list) else value
     try:
         return cls(**found)

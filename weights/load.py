@@ -39,7 +39,7 @@ from weights.networks import (
     sized_part,
 )
 from weights.resolve import resolve
-from weights.tokenizers import FILES, MAIN_FILE, read_tokenizer
+from weights.tokenizers import FILES, MAIN_FILE, check_fits, read_tokenizer
 
 Paths = Sequence[str | PathLike[str]]
 PREFIXES = (  # of the components in one file
@@ -84,6 +84,9 @@ def load_parts(
     loaded["scheduler"] = model.scheduler
     for name, folder in model.tokenizers.items():
         loaded[name] = read_tokenizer(folder)
+        encoder = model.parts.get(name.replace("tokenizer", "text_encoder"))
+        if encoder is not None:
+            check_fits(loaded[name], encoder.config)
     for name, (module, plan) in built.items():
         loaded[name] = fill(module, plan, model.parts[name], device, dtype)
     return str(model.family), loaded
@@ -150,6 +153,8 @@ def find_model(
     path: str | PathLike[str], use_t5: bool = True, extra: Paths = (), weights: bool = True
 ) -> Model:
     """What is at a path or a hub id, see `open_model`; weights False leaves them on the hub."""
+    if not isinstance(extra, list | tuple):
+        raise ValueError(f"extra is {short(extra)}, must be a list of files or folders")
     names = [name for name in COMPONENTS if use_t5 or name != "text_encoder_3"]
     others = [resolve(place, names, weights) for place in extra]
     return open_model(resolve(path, names, weights), use_t5, others)

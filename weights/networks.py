@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from minidit.checks import reason, short
 from minidit.scheduler import SchedulerConfig
@@ -138,6 +139,17 @@ def sized_part(stored: Tensors, where: str) -> Part:
     raise ValueError(f"{where} is in no layout known here: its tensors are called {names}, ...")
 
 
+class NoInit(TorchFunctionMode):
+    """Leaves out initial values: normal_ on the meta device would import torch._dynamo, which takes
+    seconds."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
 def build(part: Part, compare: bool = False) -> tuple[nn.Module, dict[str, Recipe]]:
     """The network on the meta device, and what to read into it: checked against the headers.
 
@@ -155,7 +167,7 @@ def build(part: Part, compare: bool = False) -> tuple[nn.Module, dict[str, Recip
             f"{len(part.stored)} tensors"
         )
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), NoInit():
             module = network.module(config).eval().requires_grad_(False)
     except (RuntimeError, TypeError, OverflowError) as error:
         raise ValueError(f"{part.where}: its sizes make no {name}: {reason(error)}") from None

@@ -47,6 +47,25 @@ def read_tokenizer(folder: Path) -> CLIPTokenizer | SentencePieceTokenizer:
     return tokenizer
 
 
+def check_fits(tokenizer: CLIPTokenizer | SentencePieceTokenizer, encoder: Any) -> None:
+    """Raise ValueError for a tokenizer whose ids or lengths an encoder's config does not take."""
+    window = 0
+    if isinstance(tokenizer, CLIPTokenizer):
+        highest, window = max(tokenizer.pieces), encoder.max_position_embeddings
+    else:
+        highest = max(tokenizer.model.get_piece_size() - 1, *tokenizer.special.names)
+    if highest >= encoder.vocab_size:
+        raise ValueError(
+            f"{tokenizer.folder} has ids up to {highest}, but its text encoder takes ids below "
+            f"{encoder.vocab_size}"
+        )
+    if (tokenizer.model_max_length or window) < window:
+        raise ValueError(
+            f"{tokenizer.folder}: model_max_length is {tokenizer.model_max_length}, but its text "
+            f"encoder takes {window} tokens"
+        )
+
+
 def _clip(folder: Path, config: dict[str, Any]) -> CLIPTokenizer:
     added = _added_tokens(config)
     names = {name.removesuffix("_token"): config[name] for name in NAMES if name in config}
