@@ -268,12 +268,14 @@ def test_a_move_that_fails_is_undone(pipe, monkeypatch):
         ({"offload": "yes"}, "offload is 'yes', must be True or False"),
         ({"use_t5": 1}, "use_t5 is 1, must be True or False"),
         ({"extra": "abc"}, "extra is 'abc', must be a list of files or folders"),
+        ({"device": "x" * 5000}, "is not available here"),
+        ({"dtype": "x" * 5000}, "dtype is 'xxx"),
     ],
 )
 def test_bad_arguments_of_load_are_named(options, sentence):
     with pytest.raises(ValueError) as error:
         minidit.load(GOLDENS / "pipe_sd3", **options)
-    assert sentence in str(error.value)
+    assert sentence in str(error.value) and len(str(error.value)) < 400
     with pytest.raises(ValueError, match="family is 'sdxl', must be 'sd3' or 'lumina'"):
         minidit.Pipeline(
             family="sdxl", transformer=None, vae=None, scheduler=None, text_encoder=None,
@@ -313,6 +315,16 @@ def test_prompts_of_sd3_go_to_the_encoders_that_they_are_for():
     assert same(parts("a cat", prompt_2=["two dogs"]), dog) == [False, True, False]
     assert same(parts("a cat", prompt_3="two dogs"), dog) == [False, False, True]
     assert not parts("a cat", use_t5=False)[2].any()
+
+
+def test_t5_gets_no_more_tokens_than_its_tokenizer_allows(monkeypatch):
+    pipe = pipeline("pipe_sd3")
+    window = pipe.text_encoder.config.max_position_embeddings
+    for allowed, length in ((None, 40), (512, 40), (16, 16)):
+        monkeypatch.setattr(pipe.tokenizer_3, "model_max_length", allowed)
+        for use_t5 in (True, False):
+            context = encoded(pipe, ["a cat"], max_sequence_length=40, use_t5=use_t5)
+            assert context.shape[1] == window + length
 
 
 def test_negatives_come_first_and_prompts_after_them(pipe):
