@@ -273,8 +273,10 @@ class Pipeline:
 def own_levels(sigmas: Any) -> Tensor:
     """A caller's noise levels as float32 that end with 0."""
     try:
-        levels = torch.as_tensor(sigmas, dtype=torch.float32).cpu()
-    except (TypeError, ValueError, RuntimeError, OverflowError):
+        levels = torch.as_tensor(sigmas)
+        levels = levels[:0] if levels.is_complex() or levels.dtype == torch.bool else levels
+        levels = levels.cpu().float()
+    except (TypeError, ValueError, RuntimeError, OverflowError, IndexError):
         levels = torch.empty(0)
     if levels.ndim == 1 and len(levels) and levels[-1] != 0:
         levels = torch.cat((levels, torch.zeros(1)))

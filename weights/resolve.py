@@ -36,7 +36,7 @@ def resolve(
         if local.exists():
             return local
     except (OSError, RuntimeError) as error:  # too long a name, no permission, no home
-        raise ValueError(f"cannot look for {text:.200}: {error}") from None
+        raise ValueError(f"cannot look for {text:.200}: {str(error):.200}") from None
     endings = (".safetensors", ".pth", *FOREIGN)
     name = text.removeprefix("weights/").rstrip("/")
     if name in PACKAGED:
