@@ -369,7 +369,7 @@ def test_what_is_cut_off_is_quoted(pipe):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["sd3.5-medium", "lumina"])
+@pytest.mark.parametrize("kind", ["sd3.5-medium", "lumina", "flux-dev"])
 def test_networks_compile_without_a_graph_break(kind):
     """Dense, dense with a cache, regional, and one more where a size is found to vary."""
     model, graphs = copy.deepcopy(tiny_model(kind)), []
