@@ -111,6 +111,8 @@ def build(family: str, layers: int, device: torch.device, dtype: torch.dtype) ->
     fields = vars(VARIANTS[family]) | {"num_layers": layers}
     if family == "flux":
         fields["num_single_layers"] = 2 * layers  # as many for each double block as the official 38
+    if family == "lumina2":
+        fields["num_refiner_layers"] = 1  # of 2, which are few beside the official 26 layers
     if family == "sd3.5-medium":
         fields["dual_attention_layers"] = tuple(range(min(layers, 13)))
     with torch.device(device):
