@@ -22,6 +22,7 @@ import math
 import os
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -155,13 +156,16 @@ def read(folder: Path) -> dict[tuple, dict]:
     return done
 
 
-def curves(rows: list[dict]) -> dict[str, list[tuple[float, float, float, int]]]:
-    """For every method its (evaluations, mean SNR, half the 95 % interval, pictures), by cost."""
+def curves(
+    rows: list[dict], methods: Iterable[str] = METHODS
+) -> dict[str, list[tuple[float, float, float, int]]]:
+    """For every method, in this order, its (evaluations, mean SNR, half the 95 % interval,
+    pictures), by cost."""
     groups: dict[str, dict[int, list[dict]]] = {}
     for row in rows:
         groups.setdefault(row["key"][2], {}).setdefault(row["key"][3], []).append(row)
     found = {}
-    for name in filter(groups.__contains__, METHODS):
+    for name in filter(groups.__contains__, methods):
         points = []
         for some in groups[name].values():
             values = sorted(row["snr"] for row in some)  # the same sum in any order of processes
@@ -183,21 +187,26 @@ def table(found: dict[str, list[tuple[float, float, float, int]]]) -> str:
     return "\n".join(lines)
 
 
-def plot(found: dict[str, list[tuple[float, float, float, int]]], title: str, path: Path) -> None:
-    """Distance against evaluations, one line a method with its name at its end."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 6), layout="constrained")
-    axes = figure.subplots()
+def plot_curves(axes, found: dict[str, list[tuple[float, float, float, int]]]) -> None:
+    """Nearness against evaluations, one line a method."""
     for i, (name, points) in enumerate(found.items()):
         cost, value, half, _ = zip(*points, strict=True)
         style = {"color": f"C{i}", "marker": "o", "markersize": 4, "capsize": 2, "label": name}
         axes.errorbar(cost, value, half, **style)
+    axes.grid(alpha=0.3)
+
+
+def plot(found: dict[str, list[tuple[float, float, float, int]]], title: str, path: Path) -> None:
+    """One plot of all methods."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    axes = figure.subplots()
+    plot_curves(axes, found)
     axes.legend(fontsize=11)
     axes.set_title(title, fontsize=13)
     axes.set_xlabel("network evaluations", fontsize=13)
     axes.set_ylabel("nearness to the ODE, dB", fontsize=13)
-    axes.grid(alpha=0.3)
     figure.savefig(path, dpi=100)
 
 

@@ -2,6 +2,7 @@
 
     python examples/sample.py "a red apple on a sky blue background"
     python examples/sample.py "a fox on a teal background" --ras 0.25 --active-map map.png
+    python examples/sample.py "a panda on a pink background" --image sample.png --mask mask.png
     python examples/sample.py "a castle" --model stabilityai/stable-diffusion-3-medium-diffusers
     torchrun --nproc-per-node 4 examples/sample.py --prompts prompts.txt --out pictures/p.png
 
@@ -18,6 +19,7 @@ import time
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 import minidit
 import ras
@@ -33,7 +35,7 @@ def main() -> None:
     prompts = cli.read_lines(args.prompts) if args.prompts else [args.prompt or PROMPT]
     paths = [out_paths(args, line) for line in range(len(prompts))]
     check_outputs(args.active_map, *(path for some in paths for path in some))
-    config = ras_config(args)
+    config, pictures = ras_config(args), source_pictures(args)
     pipe = cli.load_model(args, offload=args.offload, use_t5=not args.no_t5, extra=args.extra)
     if args.no_t5 and pipe.family != "sd3":
         raise ValueError(f"--no-t5 is for SD3, and {args.model} is not of that family")
@@ -45,7 +47,7 @@ def main() -> None:
         config = None
     process, processes = cli.share()
     for line in range(process, len(prompts), processes):
-        draw(args, pipe, prompts[line], paths[line], config)
+        draw(args, pipe, prompts[line], paths[line], config, pictures)
     if args.verbose:
         print(memory_line(pipe))
 
@@ -55,7 +57,8 @@ def draw(
     pipe: minidit.Pipeline,
     prompt: str,
     paths: list[Path],
-    config: ras.RASConfig | ras.Upstream | None,
+    config: ras.RASConfig | ras.Upstream | ras.Given | None,
+    pictures: dict[str, Image.Image],
 ) -> None:
     """Draw the pictures of a prompt, write them, and say what they cost."""
     clock = StepClock(pipe.device)
@@ -63,7 +66,7 @@ def draw(
     out = pipe(
         prompt, negative_prompt=args.negative, height=height, width=width, steps=args.steps,
         guidance=args.guidance, seed=args.seed, num_images=args.n, ras=config,
-        solver=args.solver, callback=clock, progress=True,
+        solver=args.solver, callback=clock, progress=True, strength=args.strength, **pictures,
     )  # fmt: skip
     seconds = time.perf_counter() - clock.begin
     defaults = pipe.scheduler
@@ -75,6 +78,7 @@ def draw(
         "solver": args.solver or defaults.default_solver,
         "guidance": defaults.default_guidance if args.guidance is None else args.guidance,
         "RAS": config or "off",
+        **{name: getattr(args, name) for name in ("image", "mask", "strength") if pictures},
         "model": args.model,
         "Software": f"minidit {minidit.__version__}",
     }
@@ -96,6 +100,9 @@ def parse_args() -> argparse.Namespace:
     add("--ras", metavar="RATIO|off", help="active share of a regional step")
     add("--ras-preset", metavar="NAME", help=f"one of {', '.join(ras.PRESETS)}")
     add("--active-map", type=Path, metavar="FILE", help="picture of how often regions were active")
+    add("--image", type=Path, metavar="FILE", help="a picture to redraw")
+    add("--mask", type=Path, metavar="FILE", help="white is drawn anew, black stays")
+    add("--strength", type=float, help="of redrawing, in (0, 1]; default: 0.6, with a mask 1")
     add("--steps", type=int, help="default: what the model asks for")
     add("--solver", choices=SOLVERS, help="default: what the model asks for")
     add("--size", type=cli.size, metavar="WxH", help="pixels, e.g. 1024x768")
@@ -122,12 +129,26 @@ def out_paths(args: argparse.Namespace, line: int) -> list[Path]:
     return [path.with_stem(f"{path.stem}-{i}") for i in range(args.n)] if args.n > 1 else [path]
 
 
-def ras_config(args: argparse.Namespace) -> ras.RASConfig | ras.Upstream | None:
-    """The configuration that --ras and --ras-preset ask for; None is dense."""
+def source_pictures(args: argparse.Namespace) -> dict[str, Image.Image]:
+    """The pictures of --image and --mask, by these names."""
+    found = {}
+    for name in ("image", "mask"):
+        path = getattr(args, name)
+        if path is not None:
+            found[name] = Image.open(path)
+            found[name].load()  # a broken file is refused now
+    return found
+
+
+def ras_config(args: argparse.Namespace) -> ras.RASConfig | ras.Upstream | ras.Given | None:
+    """The configuration that --ras and --ras-preset ask for; None is dense. Under a mask the region
+    is given."""
     if args.ras == "off":
         if args.ras_preset or args.active_map:
             raise ValueError("--ras off leaves no regions: drop --ras-preset and --active-map")
         return None
+    if args.mask and not (args.ras or args.ras_preset):
+        return ras.Given()
     config = ras.RASConfig.preset(args.ras_preset or "default")
     if args.ras is None:
         return config

@@ -8,7 +8,8 @@ B batch, N image tokens, K active tokens, C latent channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,25 @@ from tqdm import tqdm
 
 from minidit import checks
 from minidit.guidance import Guidance, Guided, Model
-from ras import RASConfig, Run, Trace, Upstream
+from ras import RASConfig, Record, Run, Trace, Upstream
 
 Callback = Callable[[int, float, Tensor, Tensor, "Tensor | None"], None]
+
+
+@dataclass(frozen=True)
+class Known:
+    """Latents that are known at every level of a run: those of a picture outside a mask.
+
+    path  at every level, (steps + 1) of (B, C, H, W)
+    mask  (B, 1, H, W) bool, true for latents that are not known
+    """
+
+    path: Sequence[Tensor]
+    mask: Tensor
+
+    def put(self, latents: Tensor, i: int) -> Tensor:
+        """The latents, where known those of level i."""
+        return torch.where(self.mask, latents, self.path[i])
 
 
 def flow_sigmas(steps: int, shift: float) -> Tensor:
@@ -61,6 +78,8 @@ def denoise(
     *,
     ras: RASConfig | Upstream | None = None,
     correct: bool = False,
+    known: Known | None = None,
+    record: Record | None = None,
     callback: Callback | None = None,
     progress: bool = False,
 ) -> tuple[Tensor, Trace | None]:
@@ -77,17 +96,21 @@ def denoise(
     correct  False takes the Euler steps of the official pipelines. True redoes every step with the
              mean of the velocities at both ends as soon as the second one is known: second order
              at no cost
+    known    what is known of the latents at every level: they are put there after every step
+    record   where to keep every step's keys, values and latents, for an edit; only of a dense run
     callback callback(step, sigma, latents, velocity, active) after every step: the latents after
              it, active (B, K) token numbers or None for a dense step
     Returns latents at sigmas[-1] in float32, and the trace of the run if `ras` is given.
     Raises ValueError for shapes and settings that do not fit.
     """
     guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
+    if record is not None and ras is not None:
+        raise ValueError("record is for dense runs: pass ras=None")
     _check(latents, sigmas, cond, uncond, guidance)
     checks.function("callback", callback)
     check_ras(ras)
     latents, patch = latents.float(), _patch_size(model, latents, ras)
-    run = Run(ras, sigmas, latents, patch, correct)
+    run = Run(ras, sigmas, latents, patch, correct, record)
     velocity_of = Guided(model, cond, uncond, guidance, run.steps, patch)
     try:
         for i in tqdm(range(run.steps), disable=not progress, desc="denoising", unit="step"):
@@ -96,6 +119,10 @@ def denoise(
             velocity, correction = run.end(i, velocity)  # stale tokens hold the velocity they had
             step = run.levels[i + 1] - run.levels[i]
             latents = latents + correction + step * velocity
+            if known is not None:
+                latents = known.put(latents, i + 1)
+            if record is not None:
+                record.end(i, latents)
             if callback is not None:
                 callback(i, run.levels[i], latents, velocity, active)
     finally:

@@ -140,8 +140,9 @@ class Guided:
 
     def _complete(self, both: Tensor, active: Tensor | None) -> Tensor:
         """The velocities of both halves, (2B, C, H, W), with those that stale tokens last had:
-        norms of whole rows need them. active (2B, K), or None where there are no stale tokens."""
-        if active is not None:
+        norms of whole rows need them. active (2B, K), or None where there are no stale tokens.
+        In an edit stale tokens never had any: their velocity is zero and counts in no norm."""
+        if active is not None and self.last is not None:
             (height, width), P = both.shape[-2:], self.patch
             computed = mask_of(active, height * width // P**2)  # (2B, N)
             pixels = computed[:, :, None].expand(-1, -1, P * P)  # (2B, N, P*P)

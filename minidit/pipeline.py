@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import ras as regions
 from minidit import checks
 from minidit.conditioning import FAMILIES, Cond
+from minidit.edit import Source, check_text, drawn_levels
 from minidit.flow import Callback, check_ras, denoise
 from minidit.scheduler import SOLVERS, SchedulerConfig
 
@@ -38,12 +39,14 @@ class Output:
     latents  (B, C, h, w) float32, before decoding
     trace    what Region-Adaptive Sampling did, None for a dense run
     seed     what the noise was drawn with, None for a generator or latents of one's own
+    record   what `edit` needs, where it was to be kept
     """
 
     images: list[Image.Image] | np.ndarray
     latents: Tensor
     trace: regions.Trace | None = None
     seed: int | None = None
+    record: regions.Record | None = None
 
 
 @dataclass(kw_only=True)
@@ -83,7 +86,11 @@ class Pipeline:
         generator: torch.Generator | None = None,
         latents: Tensor | None = None,
         num_images: int = 1,
-        ras: regions.RASConfig | regions.Upstream | None = None,
+        image: Image.Image | Sequence[Image.Image] | Output | None = None,
+        mask: Image.Image | Sequence[Image.Image] | None = None,
+        strength: float | None = None,
+        keep: bool | regions.Record = False,
+        ras: regions.RASConfig | regions.Upstream | regions.Given | None = None,
         solver: str | None = None,
         sigmas: Sequence[float] | Tensor | None = None,
         callback: Callback | None = None,
@@ -103,7 +110,15 @@ class Pipeline:
         sigmas          falling noise levels in (0, 1] of one's own, one a step. As in diffusers
                         they are still to be shifted towards the noise by the model's
                         scheduler, and the 0 at the end is added where it is missing
-        ras             a RASConfig or Upstream for Region-Adaptive Sampling, None for dense
+        image           a picture to redraw, or one for every prompt; the size is the picture's
+        mask            of the picture's size: white is drawn anew, black keeps its pixels bit for
+                        bit, grey is a mix; by latents, white begins at 128 (see minidit/edit.py)
+        strength        in (0, 1], the share of the steps to run, starting from the picture with
+                        that much noise; 0.6 if not given, with a mask 1: nothing is left of it
+        keep            True, or a ras.Record, to keep every step's keys and values for `edit`: a
+                        lot of memory, see `ras.Record`. The run must be dense
+        ras             a RASConfig or Upstream for Region-Adaptive Sampling, with a mask a Given,
+                        for which the mask is the region; None for dense
         callback        callback(step, sigma, latents, velocity, active) after every step
         output          "pil", "numpy" or "latent": see `Output`
         conditioning    what the family takes besides: the keyword-only parameters of its functions
@@ -116,7 +131,10 @@ class Pipeline:
         negatives = checks.texts("negative_prompt", negative_prompt, len(prompts))
         guidance = self.scheduler.default_guidance if guidance is None else guidance
         how, told = family.guide(self, guidance, **for_guide)
-        solver = self.scheduler.default_solver if solver is None else solver
+        source = self._source(image, mask, strength, len(prompts))
+        drawn = source.record if source else None  # an earlier run that this one follows
+        if solver is None:
+            solver = SOLVERS[drawn.correct] if drawn else self.scheduler.default_solver
         checks.choice("solver", solver, SOLVERS)
         checks.choice("output", output, OUTPUTS)
         checks.flag("progress", progress)
@@ -124,10 +142,21 @@ class Pipeline:
         if self.device.type == "meta":
             raise ValueError("this model is on the meta device, which has no data: load it on cpu")
         num_images = checks.integer("num_images", num_images, 1, checks.MOST_PICTURES)
+        record = self._record(keep, ras)
+        if source:
+            height, width = source.fit(height, width)
         noise, seed = self._noise(latents, seed, generator, height, width, len(prompts), num_images)
         tokens = noise[0, 0].numel() // self.transformer.config.patch_size**2
-        levels = self._levels(steps, sigmas, solver, tokens)
+        if drawn:
+            levels = drawn_levels(drawn, noise, how.scale, steps, sigmas)
+        else:
+            levels = self._levels(steps, sigmas, solver, tokens)
+        if source:
+            levels = source.levels(levels)
         check_ras(ras)
+        if isinstance(ras, regions.Given) and source and source.masks:
+            first = len(drawn.levels) - len(levels) if drawn else 0
+            ras = ras.at(source.tokens(self, len(noise)), drawn, first)
         if ras is not None:
             ras.plan(len(levels) - 1, tokens)  # refuses now, before texts are encoded
         if how.scale == 1:
@@ -137,21 +166,47 @@ class Pipeline:
             negatives = []
 
         batch = family.encode(self, prompts, negatives, **for_encode)
+        if drawn:
+            check_text(drawn, tokens, batch["context"].shape[1])
         uncond, cond = (
             {k: v[rows].repeat_interleave(num_images, dim=0) for k, v in batch.items()} | told
             for rows in (slice(len(negatives)), slice(len(negatives), None))
         )
+        latents, known = noise.to(self.device), None
+        if source:
+            latents, known = source.start(self, latents, levels)
         with self.running(self.transformer) as transformer:
             latents, trace = denoise(
-                transformer, noise.to(self.device), levels, cond, uncond if negatives else None,
-                how, ras=ras, correct=solver == "corrected", callback=callback, progress=progress,
+                transformer, latents, levels, cond, uncond if negatives else None, how, ras=ras,
+                correct=solver == "corrected", known=known, record=record, callback=callback,
+                progress=progress,
             )  # fmt: skip
         if not latents.isfinite().all():
             raise ValueError(
                 "the result has values that are not finite: the weights do, or the numbers left "
                 f"the range of {next(self.transformer.parameters()).dtype} (try float32)"
             )
-        return Output(self._decode(latents, output), latents, trace, seed)
+        images = self._decode(latents, output)
+        if source and len(images):
+            images = source.paste(images)
+        return Output(images, latents, trace, seed, record)
+
+    def edit(
+        self,
+        out: Output,
+        mask: Image.Image | Sequence[Image.Image],
+        prompt: Prompts,
+        **options: Any,
+    ) -> Output:
+        """Draw a part of drawn pictures anew: pipe(prompt, image=out, mask=mask, ras=Given(), ...).
+
+        out      of a call with keep=True. The edit has its noise levels and its solver, and its
+                 keys and values serve for what the mask keeps: a step costs the tokens under the
+                 mask and a ring around them. It can be edited again and again
+        options  arguments of a call; ras=None computes all tokens in every step
+        Raises ValueError for arguments that do not fit.
+        """
+        return self(prompt, image=out, mask=mask, **{"ras": regions.Given()} | options)
 
     def encode(
         self, prompts: list[str], negatives: Sequence[str] = (), **conditioning: Any
@@ -189,6 +244,23 @@ class Pipeline:
             yield module.to(self.device)
         finally:
             module.to("cpu")
+
+    def _source(self, image: Any, mask: Any, strength: Any, n: int) -> Source | None:
+        if image is not None:
+            multiple = self.vae.config.downscale * self.transformer.config.patch_size
+            return Source(image, mask, strength, n, multiple)
+        for name, value in (("mask", mask), ("strength", strength)):
+            if value is not None:
+                raise ValueError(f"{name} is given without a picture: pass image=")
+        return None
+
+    def _record(self, keep: Any, ras: Any) -> regions.Record | None:
+        record = keep
+        if not isinstance(keep, regions.Record):
+            record = regions.Record() if checks.flag("keep", keep) else None
+        if record is not None and ras is not None:
+            raise ValueError("keep is for dense runs: pass ras=None")
+        return record
 
     def _noise(
         self, latents: Any, seed: Any, generator: Any, height: Any, width: Any, n: int, count: int

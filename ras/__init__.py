@@ -8,7 +8,9 @@ this package, never the other way round.
 
 from ras.cache import KVCache
 from ras.config import PRESETS, RASConfig
+from ras.given import Given
 from ras.plan import Step, plan
+from ras.record import Record
 from ras.run import Run
 from ras.select import SCORES, History, Region
 from ras.trace import Trace
@@ -17,9 +19,11 @@ from ras.upstream import Upstream
 __all__ = [
     "PRESETS",
     "SCORES",
+    "Given",
     "History",
     "KVCache",
     "RASConfig",
+    "Record",
     "Region",
     "Run",
     "Step",

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 
+import torch
 from torch import Tensor
 
 from ras.tokens import put_
 
 
 class KVCache:
-    """What active tokens attend to (RAS, section 3.4): `write`, `apart`, `keep`,
+    """What active tokens attend to (RAS, section 3.4): `write`, `apart`, `keep`, `to`,
     `clear`, `nbytes`.
 
     A dense step leaves its keys and values here as they are, without a copy. A regional step
@@ -65,6 +66,12 @@ class KVCache:
     def keep(self, samples: slice) -> None:
         """Go on with these samples of the batch alone, as views of what is there."""
         self._layers = {layer: (k[samples], v[samples]) for layer, (k, v) in self._layers.items()}
+
+    def to(self, device: torch.device | str) -> None:
+        """Move all layers to a device."""
+        self._layers = {i: (k.to(device), v.to(device)) for i, (k, v) in self._layers.items()}
+        for cache in self._apart.values():
+            cache.to(device)
 
     def clear(self) -> None:
         """Forget everything and free the memory."""

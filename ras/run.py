@@ -21,6 +21,7 @@ from ras.trace import Trace
 
 if TYPE_CHECKING:
     from ras.config import RASConfig
+    from ras.record import Record
     from ras.upstream import Upstream
 
 
@@ -34,12 +35,14 @@ class Run:
         latents: Tensor,
         patch: int,
         correct: bool = False,
+        record: Record | None = None,
     ) -> None:
         """config   None computes every token in every step
         sigmas   (steps + 1,) noise levels
         latents  (B, C, H, W), of which only shape and device are read
         patch    a token is a square of patch x patch
         correct  True for the second-order solver
+        record   where a dense run leaves its keys and values, if anywhere
         Raises ValueError where the config does not fit a run of this length and size.
         """
         self.steps, self.size, self.patch = len(sigmas) - 1, latents.shape[-2:], patch
@@ -47,22 +50,28 @@ class Run:
         N = grid[0] * grid[1]
         dense = (Step(False, N),) * self.steps
         self.plan = dense if config is None else config.plan(self.steps, N)
-        self.config, self.correct = config, correct
+        self.config, self.correct, self.record = config, correct, record
         self.levels = sigmas.tolist()  # on the host, read before anything runs on the device
         self.sigmas = sigmas.to(latents.device, torch.float32)
         self.cache, self.trace = KVCache(), Trace(grid)
         self.history: History | None = None
         self.region: Region | None = None  # of the step that has begun, None if it is dense
+        if record is not None:
+            record.start(self.levels, latents, correct)
 
     def begin(self, i: int) -> tuple[Tensor | None, KVCache | None]:
         """Which tokens step i computes, (B, K), None for all; and the cache it works with, if any.
 
         Keys and values are kept from the dense step before a regional one: nobody reads the others.
         """
+        if self.record is not None:
+            return None, self.record.cache(i)
         now, *following = self.plan[i : i + 2]
         self.region = self.config.select(self.history, now) if now.regional else None
-        cached = now.regional or any(step.regional for step in following)
-        return self.region and self.region.active, self.cache if cached else None
+        if self.region is not None:
+            cache = self.cache if self.region.cache is None else self.region.cache
+            return self.region.active, cache
+        return None, self.cache if any(step.regional for step in following) else None
 
     def end(self, i: int, velocity: Tensor) -> tuple[Tensor, Tensor | float]:
         """What step i moves the latents along, and what to add to them first, both (B, C, H, W).

@@ -14,18 +14,22 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from ras.cache import KVCache
     from ras.config import RASConfig
+    from ras.record import Recalled
 
 
 class Region(NamedTuple):
     """What a regional step is about: who is computed, and what the others move along.
 
     active  (B, K) int64, token numbers, ascending
-    held    (B, N, P*P, C), of which the stale tokens' rows are used
+    held    (B, N, P*P, C), of which the stale tokens' rows are used, or one number for all
+    cache   what the active tokens attend to, None for what the run itself has kept
     """
 
     active: Tensor
-    held: Tensor
+    held: Tensor | float
+    cache: KVCache | Recalled | None = None
 
 
 class History(NamedTuple):

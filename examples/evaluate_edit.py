@@ -1,0 +1,291 @@
+"""What an edit costs and how near it comes to the dense edit: tables and a plot.
+
+    python examples/evaluate_edit.py --model mini-lumina --plot docs/edit-mini-lumina.png
+    python examples/evaluate_edit.py --model mini-sd3 --seeds 2 --areas 6 12
+
+A picture is drawn of every prompt and seed; a box of 6, 12, 25 or 50 % of it is drawn anew from
+other noise. Even seeds keep the prompt ("same prompt"), odd ones ask for another thing on the same
+background ("other prompt"). The distance is the SNR of the latents under the mask to those of the
+edit that computes every token in every step, in dB; cost and files are as in evaluate.py.
+"""
+
+from __future__ import annotations
+
+import cli  # isort: skip
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+import minidit
+import ras
+from evaluate import PROMPTS, curves, plot_curves, read, table
+from minidit import denoise
+from minidit.flow import Known
+from minidit.pipeline import draw_noise
+from pictures import check_outputs, labelled, save, sheet
+
+BOXES = {6: (4, 4), 12: (4, 8), 25: (8, 8), 50: (8, 16)}  # sixteenths of the sides, by area
+KINDS = ("same prompt", "other prompt")
+
+
+class Edit(NamedTuple):
+    """A batch of edits of drawn pictures, and all that is needed to run it in any way."""
+
+    pipe: object
+    record: ras.Record
+    noise: Tensor  # (B, C, h, w), of the edit
+    cond: dict
+    uncond: dict
+    mask: Tensor  # (B, 1, h, w) bool, True under the mask
+
+    def path(self, sigmas: Tensor) -> list[Tensor]:
+        """The known latents at these levels: the drawing's, by lines between its own levels."""
+        found = []
+        for sigma in sigmas.tolist():
+            i = max(i for i, level in enumerate(self.record.levels[:-1]) if level >= sigma)
+            start, end = self.record.levels[i : i + 2]
+            weight = (sigma - start) / (end - start)
+            found.append(torch.lerp(self.record.path[i], self.record.path[i + 1], weight))
+        return found
+
+    def sigmas(self, steps: int) -> Tensor:
+        """The model's own levels of the corrected solver."""
+        return self.pipe.scheduler.sigmas(steps, "corrected", self.tokens.numel())
+
+    @property
+    def tokens(self) -> Tensor:
+        """(B, rows, columns) bool, the tokens under the mask."""
+        P = self.pipe.transformer.config.patch_size
+        return self.mask[:, 0, ::P, ::P]
+
+    def run(self, sigmas: Tensor, config: object = None) -> tuple[Tensor, float]:
+        """Latents and evaluations of the edit."""
+        known = Known(self.path(sigmas), self.mask)
+        latents, trace = denoise(
+            self.pipe.transformer, known.put(self.noise, 0), sigmas, self.cond, self.uncond,
+            self.pipe.scheduler.default_guidance, ras=config, correct=True, known=known,
+        )  # fmt: skip
+        return latents, (len(sigmas) - 1) * (trace.share if trace else 1)
+
+
+def recorded(edit: Edit, ring: float) -> tuple[Tensor, float]:
+    """Tokens under the mask and in a ring, with the keys and values of the drawing."""
+    return edit.run(edit.sigmas(steps_of(edit)), ras.Given(ring).at(edit.tokens, edit.record))
+
+
+def refreshed(edit: Edit, every: int) -> tuple[Tensor, float]:
+    """The same with a ring of one token, and keys and values of every so many dense steps."""
+    return edit.run(edit.sigmas(steps_of(edit)), ras.Given(1, every).at(edit.tokens))
+
+
+def dense(edit: Edit, steps: int) -> tuple[Tensor, float]:
+    """All tokens, in fewer steps."""
+    return edit.run(edit.sigmas(steps))
+
+
+def held(edit: Edit, every: int) -> tuple[Tensor, float]:
+    """All tokens in every so many steps, and none in the others: a single one is as good."""
+    steps = steps_of(edit)
+    config = ras.RASConfig(ratio=1e-6, start=1, refresh=tuple(range(every, steps, every)))
+    return edit.run(edit.sigmas(steps), config)
+
+
+def cropped(edit: Edit, margin: int) -> tuple[Tensor, float]:
+    """The mask's box and a margin drawn as a small picture, and pasted."""
+    sigmas, P = edit.sigmas(steps_of(edit)), edit.pipe.transformer.config.patch_size
+    latents, work = edit.record.path[-1].clone(), 0
+    for b, tokens in enumerate(edit.tokens):
+        rows, columns = (tokens.any(dim=d).nonzero() for d in (1, 0))
+        box = [
+            slice(max(0, x.min() - margin) * P, (x.max() + 1 + margin) * P) for x in (rows, columns)
+        ]
+        crop = (slice(b, b + 1), slice(None), *box)
+        one = {name: value[b : b + 1] for name, value in edit.cond.items()}
+        none = {name: value[b : b + 1] for name, value in edit.uncond.items()}
+        known = Known([x[crop] for x in edit.path(sigmas)], edit.mask[crop])
+        latents[crop], _ = denoise(
+            edit.pipe.transformer, known.put(edit.noise[crop], 0), sigmas, one, none,
+            edit.pipe.scheduler.default_guidance, correct=True, known=known,
+        )  # fmt: skip
+        work += latents[crop][0, 0].numel() / latents[0, 0].numel()
+    return latents, (len(sigmas) - 1) * work / len(latents)
+
+
+def steps_of(edit: Edit) -> int:
+    """Steps of the drawing."""
+    return len(edit.record.levels) - 1
+
+
+METHODS: dict[str, tuple[Callable[[Edit, int], tuple[Tensor, float]], tuple[int, ...]]] = {
+    "mask and ring, recorded": (recorded, (0, 1, 2, 4)),
+    "mask and ring, dense steps between": (refreshed, (5, 3)),
+    "dense, fewer steps": (dense, (1, 2, 3, 4, 6)),
+    "whole steps held": (held, (5, 3, 2)),
+    "crop and paste": (cropped, (1, 3)),
+}
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def drawn(pipe, prompts: list[str], seed: int, steps: int) -> tuple[minidit.Output, list[str]]:
+    """Pictures of the prompts with their record, and the prompts of the edits."""
+    out = pipe(prompts, steps=steps, seed=seed, solver="corrected", keep=True)
+    if KINDS[seed % 2] == "same prompt":
+        return out, prompts
+    others = [PROMPTS[(PROMPTS.index(p) + 1 + seed // 2) % len(PROMPTS)] for p in prompts]
+    grounds = [prompt.split(" on a ")[1] for prompt in prompts]
+    things = [other.split(" on a ")[0] for other in others]
+    return out, [" on a ".join(pair) for pair in zip(things, grounds, strict=True)]
+
+
+def boxes(prompts: list[str], seed: int, area: int, side: int) -> Tensor:
+    """A box of latents for every prompt, (B, 1, side, side) bool, anywhere, upright or lying."""
+    mask = torch.zeros(len(prompts), 1, side, side, dtype=torch.bool)
+    for b, prompt in enumerate(prompts):
+        chance = random.Random(f"{prompt} {seed} {area}")
+        size = chance.sample(BOXES[area], 2)
+        top, left = (chance.randint(0, 16 - n) * side // 16 for n in size)
+        mask[b, :, top : top + size[0] * side // 16, left : left + size[1] * side // 16] = True
+    return mask
+
+
+def snr(latents: Tensor, reference: Tensor, mask: Tensor) -> list[float]:
+    """Decibels under the mask, of every edit, at most 99."""
+    signal, error = (
+        (x * mask).square().flatten(1).sum(dim=1) for x in (reference, latents - reference)
+    )
+    return (10 * torch.log10(signal / error).clamp_max(9.9)).tolist()
+
+
+def measure(pipe, args: argparse.Namespace, prompts: list[str], seed: int, done, file) -> None:
+    """Add a row for every area, method, cost and prompt of a seed that is not there yet."""
+
+    def keys(area: int, name: str, index: int) -> list[tuple]:
+        return [(args.model, args.steps, name, index, p, seed, area) for p in prompts]
+
+    todo = [
+        (area, name, index)
+        for area in args.areas
+        for name in args.methods
+        for index in range(len(METHODS[name][1]))
+        if not all(key in done for key in keys(area, name, index))
+    ]
+    if not todo:
+        return
+    out, asked = drawn(pipe, prompts, seed, args.steps)
+    record = out.record
+    batch, n = pipe.encode(asked, [""] * len(asked)), len(asked)
+    uncond, cond = ({k: v[s] for k, v in batch.items()} for s in (slice(n), slice(n, None)))
+    noise = draw_noise(tuple(record.path[0].shape[1:]), seed + 10_000, n).to(pipe.device)
+    for area in dict.fromkeys(area for area, _, _ in todo):
+        mask = boxes(prompts, seed, area, noise.shape[-1]).to(pipe.device)
+        edit = Edit(pipe, record, noise, cond, uncond, mask)
+        exact, _ = dense(edit, args.steps)
+        for _, name, index in [x for x in todo if x[0] == area]:
+            method, values = METHODS[name]
+            latents, cost = method(edit, values[index])
+            for key, value in zip(keys(area, name, index), snr(latents, exact, mask), strict=True):
+                print(json.dumps({"key": key, "evaluations": cost, "snr": value}), file=file)
+        file.flush()
+        print(f"seed {seed}: {area} % of {n} pictures", file=sys.stderr)
+
+
+@torch.no_grad()
+def main() -> None:
+    args = parse_args()
+    pipe = cli.load_model(args)
+    args.steps = args.steps or pipe.scheduler.steps("corrected")
+    args.out.mkdir(parents=True, exist_ok=True)
+    done = read(args.out)
+    with (args.out / "rows.jsonl").open("a", encoding="utf-8") as file:
+        file.write("\n" if file.tell() else "")  # after a line that was cut off
+        for seed in range(args.seeds):
+            for start in range(0, args.prompts, args.batch):
+                prompts = list(PROMPTS[start : min(args.prompts, start + args.batch)])
+                measure(pipe, args, prompts, seed, done, file)
+    panels = {}
+    for kind in KINDS:
+        for area in args.areas:
+            rows = [
+                row for key, row in read(args.out).items()
+                if key[:2] == (args.model, args.steps) and key[6] == area
+                and KINDS[key[5] % 2] == kind and key[5] < args.seeds
+                and key[4] in PROMPTS[: args.prompts]
+            ]  # fmt: skip
+            panels[f"{area} %, {kind}"] = found = curves(rows, args.methods)
+            print(f"\n{args.model}, {args.steps} steps, {area} % of the picture, {kind}\n")
+            print(table(found).replace("to the ODE", "to the dense edit"))
+    if args.plot is not None:
+        plot(panels, args, args.plot)
+    if args.sheet is not None:
+        save(pictures(pipe, args), args.sheet)
+
+
+def pictures(pipe, args: argparse.Namespace) -> Image.Image:
+    """Rows of edits of an eighth of the picture: before, mask, after, and the dense edit."""
+    rows, scale = [], pipe.vae.config.downscale
+    for seed, kind in enumerate(KINDS):
+        prompts = list(PROMPTS[: min(3, args.prompts)])
+        out, asked = drawn(pipe, prompts, seed, args.steps)
+        tall = boxes(prompts, seed, 12, out.latents.shape[-1]).repeat_interleave(scale, dim=2)
+        masks = [Image.fromarray(m[0].numpy()) for m in tall.repeat_interleave(scale, dim=3)]
+        edits = [
+            pipe.edit(out, masks, asked, seed=seed + 10_000, **how).images
+            for how in ({}, {"ras": None})
+        ]
+        for i, prompt in enumerate(prompts):
+            row = (out.images[i], masks[i].convert("RGB"), edits[0][i], edits[1][i])
+            texts = (prompt, kind, asked[i], "the same, every token computed")
+            rows.append([labelled(*pair) for pair in zip(row, texts, strict=True)])
+    return sheet(rows)
+
+
+def plot(panels: dict[str, dict], args: argparse.Namespace, path: Path) -> None:
+    """A panel for every kind of edit and area."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.2 * len(args.areas), 7), layout="constrained")
+    axes = figure.subplots(len(KINDS), len(args.areas), sharex=True, sharey="row", squeeze=False)
+    for panel, (title, found) in zip(axes.flat, panels.items(), strict=True):
+        plot_curves(panel, found)
+        panel.set_title(title)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.suptitle(args.model)
+    figure.supxlabel("network evaluations")
+    figure.supylabel("nearness to the dense edit under the mask, dB")
+    figure.savefig(path, dpi=100)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Nearness to the dense edit by cost.")
+    add = parser.add_argument
+    cli.add_model_options(parser)
+    add("--areas", type=int, nargs="+", default=list(BOXES), choices=list(BOXES))
+    add("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="NAME")
+    add("--prompts", type=int, default=len(PROMPTS), help="how many of the eight")
+    add("--seeds", type=int, default=8, help="of every prompt")
+    add("--steps", type=int, help="of the corrected solver; default: what the model asks for")
+    add("--batch", type=int, default=4, help="prompts edited at once")
+    add("--out", type=Path, default=Path("runs/evaluate_edit"), help="folder of the results")
+    add("--sheet", type=Path, help="picture of some edits")
+    add("--plot", type=Path, help="picture of the curves, needs matplotlib")
+    args = parser.parse_args()
+    cli.at_least(parser, args, prompts=1, seeds=1, steps=1, batch=1)
+    if args.plot is not None:
+        check_outputs(args.plot)
+    check_outputs(args.sheet)
+    return args
+
+
+if __name__ == "__main__":
+    cli.run(main)
