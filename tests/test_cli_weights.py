@@ -165,6 +165,15 @@ def test_interrupted_convert_leaves_nothing(
     assert os.listdir(tmp_path) == []
 
 
+def test_interrupted_program_says_a_word(folder: Path, monkeypatch, capsys) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("weights.__main__.find_model", stop)
+    assert main(["inspect", str(folder)]) == 130
+    assert capsys.readouterr().err == "stopped\n"
+
+
 def test_unsound_source_is_refused_before_anything_is_written(folder: Path, tmp_path: Path) -> None:
     parts = sd3_tensors()
     del parts["vae"]["encoder.conv_in.bias"]

@@ -35,6 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     print(f"wrote {options.out}")
     for name, reason in model.missing.items():
         print(f"without {name}: {reason}")
