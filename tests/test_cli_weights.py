@@ -166,7 +166,7 @@ def test_interrupted_convert_leaves_nothing(
 
 
 def test_interrupted_program_says_a_word(folder: Path, monkeypatch, capsys) -> None:
-    def stop(*_: object) -> None:
+    def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("weights.__main__.find_model", stop)
