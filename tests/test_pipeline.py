@@ -210,6 +210,11 @@ def test_solvers_differ_and_euler_is_the_official_one(pipe):
         draw(pipe, seed=0, steps=4, solver=s).latents for s in ("euler", "corrected")
     )
     assert not torch.allclose(euler, corrected, atol=1e-3)
+    euler, corrected = (
+        draw(pipe, seed=0, steps=None, sigmas=[1, 0.6, 0.3], solver=s).latents
+        for s in ("euler", "corrected")
+    )
+    assert not torch.allclose(euler, corrected, atol=1e-3)  # also on the same levels
 
 
 def test_ras_and_callback_go_through(pipe):
