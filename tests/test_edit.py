@@ -293,6 +293,16 @@ def test_an_edit_of_a_drawing(pipe):
     assert dense.trace is None and torch.allclose(dense.latents, alone.latents, atol=2)
 
 
+def test_a_picture_from_elsewhere_can_be_recorded_and_edited(pipe):
+    black = Image.new("L", (48, 32))
+    out = call(pipe, image=PICTURE, mask=black, keep=True)
+    assert np.array_equal(out.images[0], PICTURE)
+    new = pipe.edit(out, BOX, "a fox", guidance=3.0, seed=5, ras=Given(0))
+    kept = np.asarray(BOX) == 0
+    assert np.array_equal(np.asarray(new.images[0])[kept], np.asarray(PICTURE)[kept])
+    assert not np.array_equal(new.images[0], PICTURE)
+
+
 def test_a_record_of_every_second_step_serves_too():
     pipe = pipeline("pipe_lumina")
     out = call(pipe, height=32, width=48, keep=Record(every=2, device="cpu"))
