@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from measures import psnr
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 import minidit
+from compare import psnr
 from minidit.pipeline import to_image
 from training.classifier import load_classifier, look, rank
 from training.optim import autocast
