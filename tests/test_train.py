@@ -408,7 +408,7 @@ def test_interrupted_encoding_goes_on(run, packages, monkeypatch):
 
 def test_bad_sizes_and_missing_files_are_refused(run, packages):
     network, sprites = load_component(run, "vae"), Sprites(packages)
-    with pytest.raises(ValueError, match="size is 64x60, sides must be multiples of 16"):
+    with pytest.raises(ValueError, match="size is 60x64, sides must be multiples of 16"):
         latents.prepare(run / "other", network, sprites, [(64, 60)], 8)
     assert not (run / "other").exists()
     with pytest.raises(FileNotFoundError, match=r"train.py scenes"):

@@ -94,8 +94,7 @@ def measure(
     """
     if count < 6:
         raise ValueError(f"count is {count}, must be at least 6")
-    sprites = Sprites(packages)
-    pipe = minidit.load(model, device)
+    pipe, sprites = minidit.load(model, device), Sprites(packages)
     network = load_classifier(classifier, sprites.names).to(device)
     cases = held_out_cases(sprites.names, count, seed)
     side = pipe.transformer.config.sample_size * pipe.vae.config.downscale
