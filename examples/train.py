@@ -96,6 +96,7 @@ def main() -> None:
         frozen = args.command == "decoder"
         train_vae(args.run, args.packages, plan, frozen=frozen, **given)
     elif args.command == "scenes":
+        latents.check_sizes(turned(args.sizes))
         vae = load_component(args.run, "vae").to(device)
         sprites = Sprites(args.packages)
         latents.prepare(args.run / "data", vae, sprites, turned(args.sizes), args.count)

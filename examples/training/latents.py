@@ -75,13 +75,8 @@ class Latents:
 def prepare(
     folder: Path, vae: nn.Module, sprites: Sprites, sizes: Sequence[tuple[int, int]], count: int
 ) -> None:
-    """Compose and encode `count` scenes of each size; goes on where it was interrupted.
-
-    Raises ValueError for a size that is no multiple of 16, before anything is written.
-    """
-    for size in sizes:
-        if any(side < 64 or side % 16 for side in size):
-            raise ValueError("size is {}x{}, sides must be multiples of 16 from 64".format(*size))
+    """Compose and encode `count` scenes of each size; goes on where it was interrupted."""
+    check_sizes(sizes)
     folder.mkdir(parents=True, exist_ok=True)
     for height, width in sizes:
         path = latents_path(folder, height, width)
@@ -91,6 +86,13 @@ def prepare(
             np.save(numbers_path(path), numbers)
             np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
         Latents(folder, height, width, sprites.names).renew(vae, sprites, 0, progress=True)
+
+
+def check_sizes(sizes: Sequence[tuple[int, int]]) -> None:
+    """Raise ValueError unless patches of 16 pixels divide every side."""
+    for height, width in sizes:
+        if min(height, width) < 64 or height % 16 or width % 16:
+            raise ValueError(f"size is {width}x{height}, sides must be multiples of 16 from 64")
 
 
 def latents_path(folder: Path, height: int, width: int) -> Path:

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from measures import psnr
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 import minidit
+from compare import psnr
 from minidit.pipeline import to_image
 from training.classifier import load_classifier, look, rank
 from training.optim import autocast
@@ -94,8 +94,7 @@ def measure(
     """
     if count < 6:
         raise ValueError(f"count is {count}, must be at least 6")
-    sprites = Sprites(packages)
-    pipe = minidit.load(model, device)
+    pipe, sprites = minidit.load(model, device), Sprites(packages)
     network = load_classifier(classifier, sprites.names).to(device)
     cases = held_out_cases(sprites.names, count, seed)
     side = pipe.transformer.config.sample_size * pipe.vae.config.downscale

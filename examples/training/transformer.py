@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minidit.flow import shifted
 from pictures import save as save_image
 from pictures import sheet
 from training import models
@@ -55,8 +56,7 @@ class Trainer:
 
         clean = torch.from_numpy(pictures)  # (B, C, h, w)
         noise = torch.randn(clean.shape, generator=generator)
-        t = torch.randn(batch, generator=generator).sigmoid()
-        sigma = SHIFT * t / (1 + (SHIFT - 1) * t)  # (B,)
+        sigma = noise_levels(batch, generator)
         noisy = torch.lerp(clean, noise, sigma[:, None, None, None])
         noisy, sigma, target = (x.to(self.device) for x in (noisy, sigma, noise - clean))
         with autocast(self.device), PlainAttention():
@@ -72,6 +72,11 @@ class Trainer:
     def averaged(self) -> Any:
         """The pipeline with the averaged networks, for drawing."""
         return replace(self.pipe, **dict(self.average.items()))
+
+
+def noise_levels(count: int, generator: torch.Generator) -> Tensor:
+    """(count,) in (0, 1): logit-normal as SD3's, moved towards noise."""
+    return shifted(torch.randn(count, generator=generator).sigmoid(), SHIFT)
 
 
 def train(

@@ -70,6 +70,7 @@ def train_vae(
         follow(average, vae, step)
         loop.log(loss)
     final = average if frozen else unit_scaled(average, sprites)
+    final.to(memory_format=torch.contiguous_format)  # which files ask for
     write_network(final, run / "vae", torch.bfloat16)
 
 
