@@ -25,6 +25,8 @@ rectified flow, first on small pictures, where a step costs a fraction. Matrices
 
 from __future__ import annotations
 
+import interrupt  # noqa: F401  # isort: skip
+
 import os
 
 # threads that wait must sleep: spinning ones make a shared machine several times slower

@@ -357,7 +357,7 @@ def test_scheduler(tmp_path: Path) -> None:
         ({"shift": "3"}, "shift is '3', must be a finite number"),
         ({"shift": float("nan")}, "shift is nan, must be a finite number"),
         ({"shift": float("inf")}, "shift is inf, must be a finite number"),
-        ({"shift": -1}, "shift is -1, must be above 0"),
+        ({"shift": -1}, "shift is -1.0, must be above 0"),
         ({"num_train_timesteps": 500}, "num_train_timesteps is 500, must be 1000"),
         ({"use_karras_sigmas": True}, "use_karras_sigmas is True, must be off"),
         ({"time_shift_type": "linear"}, "time_shift_type is 'linear', must be 'exponential'"),
