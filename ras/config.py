@@ -32,7 +32,7 @@ class RASConfig:
     Raises ValueError for anything outside these ranges.
     """
 
-    ratio: float = 0.25
+    ratio: float = 0.5
     fall: float = 0.0
     start: int | float = 0.35
     end: int | float | None = 0.75

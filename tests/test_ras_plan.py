@@ -75,7 +75,7 @@ def test_ratio_one_is_all_dense(steps, tokens):
 def test_a_plan_is_the_same_for_every_call_and_prints():
     first, second = (plan(RASConfig(), 28, 256) for _ in range(2))
     assert first == second
-    assert "regional=True, active=64" in str(first)
+    assert "regional=True, active=128" in str(first)
 
 
 @pytest.mark.parametrize(
