@@ -292,6 +292,15 @@ def test_files_that_make_no_sense(
         read_tokenizer(folder)
 
 
+def test_a_tokenizer_built_by_hand_pads_on_the_right() -> None:
+    special = {"<pad>": 0, "</s>": 1}
+    plain = SentencePieceTokenizer(T5.model, special, end="</s>")
+    left = SentencePieceTokenizer(T5.model, special, end="</s>", padding_side="left")
+    row = plain.encode("a cat")
+    assert plain("a cat", len(row) + 2).tolist() == [[*row, 0, 0]]
+    assert left("a cat", len(row) + 2).tolist() == [[0, 0, *row]]
+
+
 def test_limits_of_the_files() -> None:
     assert [t.model_max_length for t in (CLIP, T5, GEMMA)] == [77, 512, None]
 
