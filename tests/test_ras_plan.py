@@ -138,6 +138,8 @@ def test_the_default_never_takes_two_regional_steps_in_a_row(steps):
 def test_a_share_as_end_keeps_the_rest_of_the_run_dense(steps, last):
     done = plan(RASConfig(start=2, end=0.85, refresh=0), steps, 64)
     assert [i for i, step in enumerate(done) if step.regional] == list(range(2, last + 1))
+    early = plan(RASConfig(start=15, end=0.2, refresh=0), steps, 64)
+    assert [i for i, step in enumerate(early) if step.regional] == [15]  # one at least
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What lives between the steps: all that a network and a rule can see, against naive bookkeeping."""
+"""What lives between the steps: all that a network and a rule see, against naive bookkeeping."""
 
 from __future__ import annotations
 

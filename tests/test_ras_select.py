@@ -173,7 +173,7 @@ def test_priority_is_the_logarithm_of_eq_1_with_stale_steps_counted_since_the_be
 ):
     """Of any size of score, 0 included; age, which restarts, plays no part."""
     generator = torch.Generator().manual_seed(seed)
-    history = after_one_step(random_velocity(seed, 2, 16) * 10.0 ** -start)
+    history = after_one_step(random_velocity(seed, 2, 16) * 10.0**-start)
     skips, age = torch.randint(0, 9, (2, 2, 16), generator=generator).float()
     history.velocity[0, 3] = history.velocity[1, 5:7] = 0.0
     history = history._replace(skips=skips, age=age)

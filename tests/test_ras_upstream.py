@@ -194,8 +194,11 @@ def test_a_reset_before_the_end_step_repeats_the_set_and_the_velocities_of_the_l
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"skip_num_step": 64, "skip_num_step_length": 1}, "leave 192 of 144 tokens out at step 5"),
-        ({"skip_num_step": -64, "skip_num_step_length": 1}, "leave 0 of 144 tokens out at step 4"),
+        ({"skip_num_step": 64, "skip_num_step_length": 1}, "leave -64 of 144 tokens out at step 1"),
+        (
+            {"skip_num_step": -64, "skip_num_step_length": 1},
+            "leave 192 of 144 tokens out at step 1",
+        ),
         ({"sample_ratio": 0.999}, "leave 0 of 144 tokens out at step 1"),
         ({"high_ratio": 0.01}, "leave 72 of 144 tokens out at step 1 (71 low, 0 high)"),
     ],

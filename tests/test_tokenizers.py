@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from minidit import load_component
-from minidit.tokenizers import Special, join, words
+from minidit.tokenizers import SentencePieceTokenizer, Special, join, words
 from weights.tokenizers import read_tokenizer
 
 GOLDENS = Path(__file__).parent / "goldens"
