@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from minidit import denoise, flow_sigmas
+from ras import RASConfig
 
 
 def test_sigmas_are_those_of_the_official_scheduler_to_the_bit():
@@ -135,9 +136,40 @@ def test_callback_sees_every_step_and_the_latents_after_it():
 
 
 def test_half_precision_models_are_integrated_in_float32():
-    start = noise(1, 2, 2).half()
-    latents, _ = denoise(lambda x, sigma: x.half(), start, flow_sigmas(3, 1.0), {})
-    assert latents.dtype == torch.float32
+    types = []
+
+    def model(x, sigma):
+        types.append(x.dtype)
+        return x.half()
+
+    for dtype in (torch.float16, torch.float64):
+        latents, _ = denoise(model, noise(1, 2, 2).to(dtype), flow_sigmas(3, 1.0), {})
+        assert latents.dtype == torch.float32
+    assert types == [torch.float32] * 6
+
+
+def test_guidance_of_half_precision_models_is_computed_in_float32():
+    """7 * 60000 is beyond float16, and a tenth of 0.001 is lost beside 1 in bfloat16."""
+    sigmas, level = torch.tensor([1.0, 0.0]), {"level": torch.zeros(1)}
+    for dtype, u, c, scale in (
+        (torch.float16, -30000.0, 30000.0, 7.0), (torch.bfloat16, 1.0, 1.0078125, 1.1),
+    ):  # fmt: skip
+        both = torch.tensor([u, c], dtype=dtype).view(2, 1, 1, 1)
+        latents, _ = denoise(
+            lambda x, sigma, level, both=both: both.expand_as(x), torch.zeros(1, 4, 2, 2), sigmas,
+            level, level, scale,
+        )  # fmt: skip
+        assert latents[0, 0, 0, 0].item() == pytest.approx(-(u + scale * (c - u)), rel=1e-6)
+
+
+def test_no_gradients_are_kept():
+    weight = torch.ones(1, requires_grad=True)
+    seen = []
+    latents, _ = denoise(
+        lambda x, sigma: weight * x, noise(1, 2, 2), flow_sigmas(2, 1.0), {},
+        callback=lambda *args: seen.append(args[3]),
+    )  # fmt: skip
+    assert not latents.requires_grad and not any(velocity.requires_grad for velocity in seen)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +189,9 @@ def test_half_precision_models_are_integrated_in_float32():
         ({"guidance": 2.0}, "needs uncond"),
         ({"guidance": float("inf")}, "guidance is inf"),
         ({"ras": "default"}, "ras is 'default', must be"),
+        ({"ras": RASConfig}, "must be a ras.RASConfig, a ras.Upstream or None"),
+        ({"ras": RASConfig(), "latents": torch.zeros(1, 4, 3, 4)}, "latents are 3x4, both must be"),
+        ({"ras": RASConfig(), "latents": torch.zeros(1, 4, 4, 3)}, "latents are 4x3, both must be"),
         ({"cond": {"level": torch.zeros(3)}}, "cond['level'] has shape (3,), must be (1,)"),
         (
             {"uncond": {"level": torch.zeros(2)}, "guidance": 2.0},

@@ -26,6 +26,32 @@ def test_steps_are_guided_up_to_the_ratio(steps, ratio):
     assert not any(Guidance(1.0, cfg_trunc_ratio=ratio).guides(i, steps) for i in range(steps))
 
 
+@given(st.integers(1, 40), st.floats(0, 1), st.floats(0, 1))
+def test_steps_skip_layers_between_the_ends_and_not_at_them(steps, start, stop):
+    how = Guidance(4.0, skip_layers=(1,), skip_start=start, skip_stop=stop)
+    assert [how.skips(i, steps) for i in range(steps)] == [
+        start * steps < i < stop * steps for i in range(steps)
+    ]
+    fifth = Guidance(4.0, skip_layers=(1,), skip_start=0.2, skip_stop=0.8)
+    assert [fifth.skips(i, 5) for i in range(5)] == [False, False, True, True, False]
+    assert not any(Guidance(4.0).skips(i, steps) for i in range(steps))
+
+
+def test_skip_layer_guidance_adds_the_scaled_difference_to_the_prompt():
+    def model(x, sigma, level, skip_layers=()):
+        level = 0.5 * level if skip_layers == (7,) else level
+        return level.view(-1, 1, 1, 1).expand_as(x)
+
+    cond, uncond = {"level": torch.tensor([6.0])}, {"level": torch.tensor([1.0])}
+    how = Guidance(4.0, skip_layers=(7,), skip_guidance=2.0, skip_start=0.0, skip_stop=1.0)
+    seen = []
+    denoise(
+        model, torch.zeros(1, 4, 2, 2), torch.linspace(1, 0, 4), cond, uncond, how,
+        callback=lambda *args: seen.append(args[3][0, 0, 0, 0].item()),
+    )  # fmt: skip
+    assert seen == [1 + 4 * 5, 1 + 4 * 5 + 2 * (6 - 3), 1 + 4 * 5 + 2 * (6 - 3)]
+
+
 @pytest.mark.parametrize(("ratio", "guided"), [(1.0, 8), (0.5, 4), (0.49, 3), (0.1, 0)])
 def test_truncated_guidance_runs_the_prompt_alone_from_there_on(ratio, guided):
     batches = []

@@ -138,6 +138,10 @@ def test_watershed_compares_with_one_minus_sigma():
         assert not velocity.equal(model(latents, sigma, **cond, scaling_watershed=1 - same_as))
 
 
+def test_guidance_leaves_the_fourth_channel():
+    assert NextDiT.guided_channels == 3
+
+
 def test_attention_scale_of_the_official_size():
     with torch.device("meta"):
         model = NextDiT(NextDiTConfig(num_layers=1))
@@ -150,6 +154,7 @@ def test_attention_scale_of_the_official_size():
     [
         ({}, 6144),
         ({"ffn_dim_multiplier": 1.3}, 8192),  # int(1.3 * 6144) = 7987
+        ({"hidden_size": 128, "multiple_of": 1, "ffn_dim_multiplier": 0.7}, 238),  # int(0.7 * 341)
         ({"hidden_size": 128, "multiple_of": 32, "ffn_dim_multiplier": 0.5}, 192),  # int(0.5 * 341)
     ],
 )

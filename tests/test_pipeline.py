@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import minidit
 from minidit.conditioning import FAMILIES, options_of
 from minidit.flow import Guidance, denoise, flow_sigmas
-from minidit.pipeline import draw_noise, to_image
+from minidit.pipeline import draw_noise, to_array, to_image
 from ras import RASConfig
 from ras.tokens import patchify
 
@@ -139,6 +139,7 @@ def test_noise_is_a_prefix_of_the_same_generators_batch():
     batch = torch.randn(5, 4, 6, 8, generator=torch.Generator().manual_seed(9))
     assert draw_noise((4, 6, 8), 9, 5).equal(batch)
     assert draw_noise((4, 6, 8), 9, 2).equal(batch[:2])
+    assert not draw_noise((4, 6, 8), -9, 2).equal(batch[:2])
 
 
 @pytest.mark.parametrize("pipe", ["pipe_sd3", "pipe_lumina"], indirect=True)
@@ -184,6 +185,7 @@ def test_a_generator_draws_the_batch_at_once(pipe):
 
 def test_outputs_show_the_same_picture(pipe):
     pil = draw(pipe, seed=0, num_images=2)
+    assert pil.images[0] != pil.images[1]
     array = draw(pipe, seed=0, num_images=2, output="numpy")
     latent = draw(pipe, seed=0, num_images=2, output="latent")
     assert latent.images == [] and latent.latents.equal(pil.latents)
@@ -198,7 +200,7 @@ def test_sigmas_are_shifted_and_end_with_0(pipe):
         draw(pipe, steps=None, sigmas=sigmas, callback=lambda *args: seen.append(args[1]))
         return seen
 
-    shift, own = pipe.scheduler.shift_at(tokens=6), [0.9, 0.5, 0.2]
+    shift, own = pipe.scheduler.shift_at(tokens=6), [1.0, 0.5, 0.2]
     want = pytest.approx([shift * s / (1 + (shift - 1) * s) for s in own])
     assert levels(own) == want
     assert levels([*own, 0]) == want and levels(torch.tensor(own)) == want
@@ -295,6 +297,10 @@ def test_a_result_that_is_not_finite_is_no_picture(pipe):
     broken.transformer.patch_embed.bias.data[0] = torch.nan
     with pytest.raises(ValueError, match="the result has values that are not finite"):
         draw(broken)
+    broken = minidit.load(GOLDENS / name)  # of one value in each patch alone
+    broken.transformer.final.linear.bias.data[0] = torch.inf
+    with pytest.raises(ValueError, match="the result has values that are not finite"):
+        draw(broken, guidance=1)
 
 
 def encoded(pipe, *args, **kwargs):
@@ -645,6 +651,7 @@ def test_half_precision_draws_nearly_the_same(name, dtype):
 def test_to_image_clamps_and_rounds():
     pixels = torch.tensor([-2.0, -1.0, 0.0, 1.0, 3.0]).expand(3, 1, 5)
     assert np.asarray(to_image(pixels))[0, :, 0].tolist() == [0, 0, 128, 255, 255]
+    assert to_array(pixels)[0, :, 0].tolist() == [0, 0, 0.5, 1, 1]
 
 
 def test_goldens_are_small():

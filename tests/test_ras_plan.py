@@ -50,6 +50,15 @@ def test_refresh_steps_are_spread_evenly(count, start, length):
     assert min(stretches) > 1  # every refresh has regional steps on both sides
 
 
+@pytest.mark.parametrize("fall", [0.5, -0.5])
+def test_a_falling_ratio_may_reach_one_which_is_dense(fall):
+    config = RASConfig(ratio=0.75, fall=fall, start=1, end=None, refresh=0)
+    counts = [100, 88, 75, 62, 50][:: 1 if fall > 0 else -1]
+    steps = plan(config, 6, 100)
+    assert [step.active for step in steps] == [100, *counts]
+    assert [step.regional for step in steps] == [False] + [count < 100 for count in counts]
+
+
 def test_two_refreshes_of_28_steps_are_the_ones_of_the_official_script():
     steps = plan(RASConfig(start=4, end=None, refresh=2), 28, 256)
     assert [t for t in range(4, 28) if not steps[t].regional] == [12, 20]
@@ -69,7 +78,8 @@ def test_shares_of_the_run_fit_any_number_of_steps(steps):
 
 @given(st.integers(1, 30), st.integers(1, 500))
 def test_ratio_one_is_all_dense(steps, tokens):
-    assert plan(RASConfig(ratio=1), steps, tokens) == (ras.Step(False, tokens),) * steps
+    for config in (RASConfig(ratio=1), RASConfig(ratio=1, start=1, end=99)):
+        assert plan(config, steps, tokens) == (ras.Step(False, tokens),) * steps
 
 
 def test_a_plan_is_the_same_for_every_call_and_prints():
@@ -85,7 +95,13 @@ def test_a_plan_is_the_same_for_every_call_and_prints():
         ({"ratio": 1.2}, "ratio is 1.2"),
         ({"ratio": float("nan")}, "ratio is nan"),
         ({"ratio": "half"}, "ratio is 'half'"),
+        ({"ratio": True}, "ratio is True, must be a number"),
+        ({"starvation": False}, "starvation is False, must be a number"),
+        ({"starvation": float("inf")}, "starvation is inf"),
         ({"start": 0}, "start is 0"),
+        ({"start": 0.0}, "start is 0.0"),
+        ({"end": 0.0}, "end is 0.0"),
+        ({"refresh": 0.0}, "refresh is 0.0"),
         ({"start": True}, "start is True"),
         ({"start": 1.5}, "start is 1.5, must be a number of steps of at least 1, or a share"),
         ({"start": 4, "end": 3}, "end is 3, must be at least start = 4"),
@@ -93,6 +109,11 @@ def test_a_plan_is_the_same_for_every_call_and_prints():
         ({"refresh": -1}, "refresh is -1"),
         ({"refresh": 1.0}, "refresh is 1.0"),
         ({"fall": 1.2}, "fall is 1.2"),
+        ({"ratio": 0.25, "fall": 0.5}, "which spans 0 to 0.5"),
+        ({"ratio": 0.25, "fall": -0.5}, "which spans 0 to 0.5"),
+        ({"ratio": 0.25, "fall": -0.6}, "which spans -0.05 to 0.55"),
+        ({"ratio": 0.8, "fall": 0.6}, "which spans 0.5 to 1.1"),
+        ({"ratio": 0.8, "fall": -0.6}, "which spans 0.5 to 1.1"),
         ({"score": "entropy"}, "score is 'entropy', must be one of std"),
         ({"prefer": "middle"}, "prefer is 'middle'"),
         ({"starvation": -1}, "starvation is -1"),
@@ -117,6 +138,8 @@ def test_the_default_never_takes_two_regional_steps_in_a_row(steps):
 def test_a_share_as_end_keeps_the_rest_of_the_run_dense(steps, last):
     done = plan(RASConfig(start=2, end=0.85, refresh=0), steps, 64)
     assert [i for i, step in enumerate(done) if step.regional] == list(range(2, last + 1))
+    early = plan(RASConfig(start=15, end=0.2, refresh=0), steps, 64)
+    assert [i for i, step in enumerate(early) if step.regional] == [15]  # one at least
 
 
 @pytest.mark.parametrize(
@@ -163,9 +186,13 @@ def test_the_default_config_is_the_default_preset():
     assert RASConfig() == RASConfig.preset("default")
 
 
-def test_half_of_an_even_range_is_every_other_step():
-    steps = plan(RASConfig(start=4, end=None, refresh=0.5), 12, 64)
-    assert [step.regional for step in steps] == [False] * 4 + [True, False] * 4
+@given(st.integers(1, 6), st.integers(1, 40), st.integers(0, 5))
+def test_half_of_a_range_is_every_other_step(start, length, later):
+    """Where it is even the last step of it, too."""
+    config = RASConfig(start=start, end=start + length - 1, refresh=0.5)
+    steps = plan(config, start + length + later, 64)
+    within = [i % 2 == 0 for i in range(length)]
+    assert [step.regional for step in steps] == [False] * start + within + [False] * later
 
 
 def test_numbers_of_numpy_are_numbers():
@@ -173,6 +200,27 @@ def test_numbers_of_numpy_are_numbers():
     steps = plan(config, np.int64(6), 10)
     assert [step.active for step in steps] == [10, 10, 5, 10, 5, 5]
     assert [type(step.active) for step in steps] == [int] * 6
+
+
+def test_every_choice_of_the_presets():
+    """Tables and pictures in the documentation are of these."""
+    assert RASConfig() == RASConfig(
+        ratio=0.25, fall=0.0, start=0.35, end=0.75, refresh=0.5, score="error", prefer="high",
+        starvation=0.0,
+    )  # fmt: skip
+    assert RASConfig.preset("paper") == RASConfig(
+        ratio=0.5, fall=0.25, start=4, end=None, refresh=2, score="std", prefer="low",
+        starvation=1.0,
+    )  # fmt: skip
+    assert RASConfig.preset("upstream_sd3") == Upstream(
+        sample_ratio=0.5, metric="std", high_ratio=0.3, starvation_scale=0.1,
+        scheduler_start_step=4, scheduler_end_step=28, error_reset_steps=(12, 20),
+    )  # fmt: skip
+    assert RASConfig.preset("upstream_lumina") == Upstream(
+        sample_ratio=0.5, metric="std", high_ratio=1.0, starvation_scale=0.1,
+        scheduler_start_step=4, scheduler_end_step=30, error_reset_steps=(12, 22),
+        skip_num_step=256, skip_num_step_length=4,
+    )  # fmt: skip
 
 
 def test_presets():

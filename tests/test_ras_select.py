@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from ras import SCORES, History, RASConfig, Region, Step
 from ras.run import observe
+from ras.select import priority
 from ras.tokens import mask_of, patchify, unpatchify
 
 seeds = st.integers(0, 2**32 - 1)
@@ -164,6 +165,36 @@ def test_random_scores_depend_on_the_step_only():
     score = SCORES["random"](history)
     assert score.equal(SCORES["random"](history)) and score[0].equal(score[1])
     assert not score.equal(SCORES["random"](history._replace(step=1)))
+
+
+@given(seeds, st.sampled_from(["low", "high"]), st.floats(0, 3), st.integers(0, 9))
+def test_priority_is_the_logarithm_of_eq_1_with_stale_steps_counted_since_the_beginning(
+    seed, prefer, k, start
+):
+    """Of any size of score, 0 included; age, which restarts, plays no part."""
+    generator = torch.Generator().manual_seed(seed)
+    history = after_one_step(random_velocity(seed, 2, 16) * 10.0**-start)
+    skips, age = torch.randint(0, 9, (2, 2, 16), generator=generator).float()
+    history.velocity[0, 3] = history.velocity[1, 5:7] = 0.0
+    history = history._replace(skips=skips, age=age)
+    config = RASConfig(score="l2", prefer=prefer, starvation=k)
+    score = history.velocity.double().norm(dim=3).mean(dim=2).clamp(min=1e-30)
+    wanted = (score.log() if prefer == "high" else -score.log()) + k * skips
+    assert torch.allclose(priority(config, history).double(), wanted, rtol=1e-5, atol=1e-5)
+    region = config.select(history, Step(True, 5))
+    assert region.held is history.velocity and region.active.dtype == torch.int64
+    best = priority(config, history).topk(5).indices.sort().values
+    assert region.active.equal(best)  # ascending
+
+
+def test_scores_of_half_precision_are_ranked_in_float32(monkeypatch):
+    score = torch.tensor([[0.0, 6e-8, 1e-4, 0.5]], dtype=torch.float16)
+    monkeypatch.setitem(SCORES, "half", lambda history: score)
+    history = after_one_step(random_velocity(0, 1, 4))
+    history = history._replace(skips=torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
+    log = priority(RASConfig(score="half", prefer="high", starvation=1.0), history)
+    assert log.dtype == torch.float32 and log.isfinite().all()
+    assert log[0, 0].item() == pytest.approx(1 - 30 * 2.302585)
 
 
 @pytest.mark.parametrize("score", [torch.ones(1, 64), torch.zeros(1, 64)])

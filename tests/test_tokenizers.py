@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from minidit import load_component
-from minidit.tokenizers import Special, join, words
+from minidit.tokenizers import SentencePieceTokenizer, Special, join, words
 from weights.tokenizers import read_tokenizer
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -290,6 +290,15 @@ def test_files_that_make_no_sense(
     (folder / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         read_tokenizer(folder)
+
+
+def test_a_tokenizer_built_by_hand_pads_on_the_right() -> None:
+    special = {"<pad>": 0, "</s>": 1}
+    plain = SentencePieceTokenizer(T5.model, special, end="</s>")
+    left = SentencePieceTokenizer(T5.model, special, end="</s>", padding_side="left")
+    row = plain.encode("a cat")
+    assert plain("a cat", len(row) + 2).tolist() == [[*row, 0, 0]]
+    assert left("a cat", len(row) + 2).tolist() == [[0, 0, *row]]
 
 
 def test_limits_of_the_files() -> None:

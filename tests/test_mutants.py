@@ -1,0 +1,24 @@
+"""The list of mistakes in mutants/ fits the code as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from mutants.mistakes import MISTAKES, applied
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("file", MISTAKES)
+def test_every_mistake_still_applies(file):
+    tests, pairs = MISTAKES[file]
+    source = (ROOT / file).read_text()
+    changed = [applied(source, *pair) for pair in pairs]
+    for text in changed:
+        compile(text, file, "exec")
+    assert len({source, *changed}) == len(changed) + 1
+    for name in tests.split():
+        name, _, function = name.partition("::")
+        text = (ROOT / "tests" / f"test_{name}.py").read_text()
+        assert f"def {function}(" in text if function else text

@@ -1,0 +1,59 @@
+"""Schedules of every solver and spacing, against formulas written out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minidit.scheduler import SchedulerConfig, even_sigmas, flow_sigmas, spaced_sigmas
+
+
+@given(st.integers(1, 60), st.floats(0.3, 8), st.floats(0.5, 2))
+def test_spaced_levels_are_symmetric_then_shifted(steps, shift, ends):
+    wanted = []
+    for i in range(steps + 1):
+        s = 1 - i / steps
+        s = s**ends / (s**ends + (1 - s) ** ends)
+        wanted.append(shift * s / (1 + (shift - 1) * s))
+    got = spaced_sigmas(steps, shift, ends)
+    assert got.dtype == torch.float32 and torch.allclose(got, torch.tensor(wanted), atol=1e-6)
+
+
+@given(st.integers(1, 60), st.floats(0.3, 8))
+def test_even_levels_have_no_denser_ends_and_corrected_ones_have(steps, shift):
+    even = torch.linspace(1, 0, steps + 1)
+    assert torch.allclose(even_sigmas(steps, shift), shift * even / (1 + (shift - 1) * even))
+    assert spaced_sigmas(steps, shift).equal(spaced_sigmas(steps, shift, 1.25))
+
+
+def test_every_solver_has_its_levels_steps_and_shift():
+    config = SchedulerConfig(
+        shift=3.0, default_steps=28, corrected_steps=14, corrected_shift=2.0
+    )  # fmt: skip
+    assert (config.steps("euler"), config.steps("corrected")) == (28, 14)
+    assert config.sigmas(9, "euler", 16).equal(flow_sigmas(9, 3.0))
+    assert config.sigmas(9, "corrected", 16).equal(spaced_sigmas(9, 2.0))
+    assert replace(config, spacing="even").sigmas(9, "euler", 16).equal(even_sigmas(9, 3.0))
+    plain = replace(config, corrected_shift=None)
+    assert plain.sigmas(9, "corrected", 16).equal(spaced_sigmas(9, 3.0))
+
+
+@given(st.integers(1, 9000))
+def test_a_dynamic_shift_is_exponential_in_the_number_of_tokens(tokens):
+    config = SchedulerConfig(use_dynamic_shifting=True, spacing="even")
+    shift = math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
+    assert config.shift_at(tokens) == pytest.approx(shift)
+    assert torch.allclose(config.sigmas(7, "euler", tokens), even_sigmas(7, shift))
+    own = torch.tensor([1.0, 0.4, 0.0])
+    assert torch.allclose(config.shifted(own, tokens), shift * own / (1 + (shift - 1) * own))
+
+
+@given(st.floats(0.2, 12))
+def test_levels_of_ones_own_never_go_beyond_one(shift):
+    own = torch.cat((torch.linspace(1, 0.99, 50), torch.zeros(1)))
+    assert SchedulerConfig(shift=shift).shifted(own, 16).max() <= 1
