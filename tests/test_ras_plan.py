@@ -205,7 +205,7 @@ def test_numbers_of_numpy_are_numbers():
 def test_every_choice_of_the_presets():
     """Tables and pictures in the documentation are of these."""
     assert RASConfig() == RASConfig(
-        ratio=0.25, fall=0.0, start=0.35, end=0.75, refresh=0.5, score="error", prefer="high",
+        ratio=0.5, fall=0.0, start=0.35, end=0.75, refresh=0.5, score="error", prefer="high",
         starvation=0.0,
     )  # fmt: skip
     assert RASConfig.preset("paper") == RASConfig(
