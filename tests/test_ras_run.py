@@ -156,6 +156,12 @@ def test_a_cache_holds_the_rows_of_the_last_time_and_frees_all():
         with pytest.raises(ValueError, match="filled with a batch of 2, got a batch of"):
             cache.write("a", few, few, rows)
 
+    dense = torch.randn(2, 2, 5, 1, 2)
+    for got, want in zip(cache.write("a", *dense, None), dense, strict=True):
+        assert got.equal(want)  # a later dense step replaces all
+    assert cache["a"][0].equal(dense[0]) and cache["a"][1].equal(dense[1])
+    again_k = dense[0]
+
     other = cache.apart("more")
     assert other is cache.apart("more") is not cache and not other.nbytes
     other.write("a", new_k, new_v, None)

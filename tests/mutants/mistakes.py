@@ -49,6 +49,14 @@ MISTAKES: dict[str, tuple[str, list[tuple[str, str]]]] = {
             ),
             ("min(tokens, max(1, round(ratio * tokens)))", "min(tokens, round(ratio * tokens))"),
             ("isinstance(value, Real) and not isinstance(value, bool)", "isinstance(value, Real)"),
+            (
+                "outside = [t for t in refresh if not start <= t <= end]",
+                "outside = [t for t in refresh if not start < t <= end]",
+            ),
+            (
+                "regional, stretches = length - count, count + 1",
+                "regional, stretches = length - count, count + 2",
+            ),
         ],
     ),
     "ras/config.py": (
@@ -75,6 +83,7 @@ MISTAKES: dict[str, tuple[str, list[tuple[str, str]]]] = {
             ("        start=4,", "        start=5,"),
             ("error_reset_steps=(12, 20)", "error_reset_steps=(12, 22)"),
             ("skip_num_step_length=4)", "skip_num_step_length=8)"),
+            ("first = self.start if is_count(self.start) else 1", "first = 1"),
         ],
     ),
     "ras/select.py": (
@@ -98,6 +107,11 @@ MISTAKES: dict[str, tuple[str, list[tuple[str, str]]]] = {
                 "argsort(dim=1, descending=True, stable=True)[:, :count]",
                 "argsort(dim=1, descending=True, stable=True)[:, : count + 1]",
             ),
+            (
+                "noise.to(history.age.device).expand(history.age.shape)",
+                "noise.to(history.age.device)[None]",
+            ),
+            ("history.velocity.std(dim=3).mean(dim=2)", "history.velocity.std(dim=3).amax(dim=2)"),
         ],
     ),
     "ras/run.py": (
@@ -157,6 +171,9 @@ MISTAKES: dict[str, tuple[str, list[tuple[str, str]]]] = {
             ("step=before.step + 1", "step=before.step"),
             ("region=region or before.region", "region=region"),
             ("region=region or before.region", "region=before.region or region"),
+            ("zero = torch.zeros_like(sigma)\n", "zero = torch.ones_like(sigma)\n"),
+            ("size = fresh.flatten(2).norm(dim=2)", "size = fresh.flatten(2).square().sum(dim=2)"),
+            ("if not self.correct or before is None:", "if before is None:"),
         ],
     ),
     "ras/cache.py": (
@@ -175,6 +192,10 @@ MISTAKES: dict[str, tuple[str, list[tuple[str, str]]]] = {
             ("return own + sum(", "return sum("),
             ("sum(k.nbytes + v.nbytes for", "sum(k.nbytes for"),
             ("if len(k) != len(full_k):", "if len(k) > len(full_k):"),
+            (
+                "self._layers[layer] = k.contiguous(), v.contiguous()",
+                "self._layers.setdefault(layer, (k.contiguous(), v.contiguous()))",
+            ),
         ],
     ),
     "ras/tokens.py": (
@@ -264,6 +285,14 @@ MISTAKES: dict[str, tuple[str, list[tuple[str, str]]]] = {
                 "Region(active, history.velocity)",
             ),
             ("require(start >= 1,", "require(start >= 0,"),
+            (
+                "t in self.error_reset_steps or self.sample_ratio == 1:",
+                "t in self.error_reset_steps[1:] or self.sample_ratio == 1:",
+            ),
+            (
+                "for t in range(steps):\n            regional =",
+                "for t in range(steps - 1):\n            regional =",
+            ),
         ],
     ),
     "minidit/flow.py": (
@@ -316,6 +345,10 @@ MISTAKES: dict[str, tuple[str, list[tuple[str, str]]]] = {
                 "if guidance.scale == 1:\n        uncond = cond",
                 "if guidance.scale == 1:\n        pass",
             ),
+            (
+                "return torch.from_numpy(np.append(levels, 0.0)).float()",
+                "return torch.from_numpy(np.append(levels, levels[-1] / 2)).float()",
+            ),
         ],
     ),
     "minidit/guidance.py": (
@@ -356,6 +389,14 @@ MISTAKES: dict[str, tuple[str, list[tuple[str, str]]]] = {
                 "        self.last = self.last if active is not None else both\n",
             ),
             ("            both = model.prepare(**both)", "            model.prepare(**both)"),
+            (
+                "merged = merged * (after / before.clamp(min=1e-12))",
+                "merged = merged * (before / after.clamp(min=1e-12))",
+            ),
+            (
+                "both[name] = torch.cat((uncond[name], rows))",
+                "both[name] = torch.cat((rows, rows))",
+            ),
         ],
     ),
     "minidit/scheduler.py": (
@@ -376,6 +417,10 @@ MISTAKES: dict[str, tuple[str, list[tuple[str, str]]]] = {
             ("s = s**ends / (s**ends + (1 - s) ** ends)", "s = s**ends / (s**ends + 1 - s**ends)"),
             ("return shifted(s, shift).float()", "return s.float()"),
             ("return shifted(levels, self.shift_at(tokens))", "return shifted(levels, self.shift)"),
+            (
+                "length = self.max_image_seq_len - self.base_image_seq_len",
+                "length = self.max_image_seq_len",
+            ),
         ],
     ),
     "minidit/parts.py": (
@@ -408,6 +453,8 @@ MISTAKES: dict[str, tuple[str, list[tuple[str, str]]]] = {
                 "k, v = (x.repeat(1, 1, group, 1) for x in (k, v))",
             ),
             ("scale=scale, enable_gqa=group > 1)", "enable_gqa=group > 1)"),
+            ("exponent = -math.log(10000) *", "exponent = -math.log(1000) *"),
+            ("torch.stack((-sin, sin), dim=4)", "torch.stack((sin, -sin), dim=4)"),
         ],
     ),
     "minidit/mmdit.py": (
@@ -613,6 +660,18 @@ MISTAKES: dict[str, tuple[str, list[tuple[str, str]]]] = {
             (
                 "min(length, pipe.tokenizer_3.model_max_length or length)",
                 "pipe.tokenizer_3.model_max_length or length",
+            ),
+            (
+                "min(tokenizer.model_max_length or window, window)",
+                "tokenizer.model_max_length or window",
+            ),
+            (
+                "first_ids, first_mask = pipe.tokenizer(negatives, length, length)",
+                "first_ids, first_mask = pipe.tokenizer(negatives, 256, length)",
+            ),
+            (
+                "i, 0, last) for i in skip_layers)",
+                "i, 0, last) for i in skip_layers[:1])",
             ),
         ],
     ),
