@@ -200,10 +200,10 @@ def plot(found: dict[str, list[tuple[float, float, float, int]]], title: str, pa
     """One plot of all methods."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 6), layout="constrained")
+    figure = Figure(figsize=(7, 6.6), layout="constrained")
     axes = figure.subplots()
     plot_curves(axes, found)
-    axes.legend(fontsize=11)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=11)
     axes.set_title(title, fontsize=13)
     axes.set_xlabel("network evaluations", fontsize=13)
     axes.set_ylabel("nearness to the ODE, dB", fontsize=13)
