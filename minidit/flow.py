@@ -61,8 +61,7 @@ def shifted(s: Any, shift: float) -> Any:
 
 def check_schedule(steps: int, shift: float) -> None:
     """Raise ValueError unless a run can have that many steps and that shift."""
-    if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 1:
-        raise ValueError(f"steps is {steps!r}, must be an integer of at least 1")
+    checks.integer("steps", steps, 1)
     if not 0 < shift < float("inf"):
         raise ValueError(f"shift is {shift!r}, must be above 0 and finite")
 

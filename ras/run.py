@@ -115,9 +115,8 @@ def observe(
     sigma     (B, N), the noise level of the step
     region    of the step, None if it was dense
     """
-    size = fresh.flatten(2).norm(dim=2)  # (B, N)
     if before is None:
-        zero = torch.zeros_like(sigma)
+        size, zero = fresh.flatten(2).norm(dim=2), torch.zeros_like(sigma)  # (B, N)
         return History(fresh, sigma, error=size, age=zero, skips=zero, step=0, region=None)
     change = (fresh - before.velocity).flatten(2).norm(dim=2)  # (B, N)
     stale = (~computed).float()
