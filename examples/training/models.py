@@ -32,7 +32,7 @@ SCHEDULER = SchedulerConfig(shift=3.0, default_steps=24, default_guidance=4.0)
 VAE = VAEConfig(
     latent_channels=16,
     block_out_channels=(16, 32, 64, 128),
-    norm_num_groups=8,
+    norm_num_groups=2,  # few: a channel beside one other can't say how bright a plain picture is
     sample_size=256,
     scaling_factor=1.0,
     use_quant_conv=False,

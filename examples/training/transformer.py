@@ -26,7 +26,7 @@ from training.loop import Loop, follow
 from training.optim import Optimiser, PlainAttention, Plan, autocast
 from training.scenes import Sprites, caption
 
-SHIFT = 4.0  # of training's noise levels, towards noise: where the caption decides
+SHIFT = 3.0  # of training's noise levels, towards noise: where the caption decides
 EMPTY = 0.1  # share of captions left empty, for guidance
 RENEWALS = 50  # steps between renewals of the data files
 

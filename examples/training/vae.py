@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidit.vae import AutoencoderKL
+from minidit.vae import Attention, AutoencoderKL, ResnetBlock
 from training import models
 from training.loop import Loop, follow
 from training.optim import Optimiser, Plan, autocast
@@ -32,6 +32,8 @@ def train_vae(
 ) -> None:  # fmt: skip
     """Train the autoencoder on crops of scenes and write it to the run's folder vae.
 
+    Its encoder starts as the best linear one (`principal`).
+
     With frozen, which needs that folder, its encoder stays as it is and the decoder learns on:
     pictures get better under a transformer that trains on the latents at the same time.
 
@@ -44,6 +46,8 @@ def train_vae(
     sprites = Sprites(packages)
     torch.manual_seed(plan.seed)
     vae = load_component(run, "vae") if frozen else AutoencoderKL(models.VAE)
+    if not frozen:
+        principal(vae, to_pixels(pictures(sprites, 32)))
     vae.to(device, memory_format=torch.channels_last)
     vae.requires_grad_(not frozen).decoder.requires_grad_(True)
     average = copy.deepcopy(vae).requires_grad_(False)
@@ -69,9 +73,16 @@ def train_vae(
         optimiser.step(plan, step)
         follow(average, vae, step)
         loop.log(loss)
-    final = average if frozen else unit_scaled(average, sprites)
+    final = average if frozen else scaled(average, sprites)
     final.to(memory_format=torch.contiguous_format)  # which files ask for
     write_network(final, run / "vae", torch.bfloat16)
+
+
+def pictures(sprites: Sprites, count: int) -> np.ndarray:
+    """The same whole scenes every time, uint8 (count, H, W, 3)."""
+    rng, side = random.Random("pictures"), models.VAE.sample_size
+    scenes = [random_scene(rng, sprites.names) for _ in range(count)]
+    return np.stack([draw(scene, sprites, side, side) for scene in scenes])
 
 
 def pixel_loss(drawn: Tensor, images: Tensor) -> Tensor:
@@ -94,31 +105,87 @@ def crops(sprites: Sprites, count: int, rng: random.Random) -> np.ndarray:
 
 
 @torch.no_grad()
-def unit_scaled(vae: AutoencoderKL, sprites: Sprites) -> AutoencoderKL:
-    """The same autoencoder with latents of mean 0 and deviation 1 in every channel, and the
-    channels that say most first: of our Next-DiT's 16 only the first three are guided.
+def principal(vae: AutoencoderKL, pixels: Tensor) -> None:
+    """Let the encoder begin with the principal components of 8 x 8 pixels (B, 3, H, W).
+
+    That alone keeps some 32 dB of a scene, where an encoder that starts at random takes thousands
+    of steps to let the third dimension of colour through. Every residual branch starts as zero. A
+    strided convolution puts 2 x 2 pixels side by side; those of the second and the third also turn
+    them to their principal components, of which they keep the first ones. The last normalisation
+    sees every component twice, y and -y, beside constants that rule its scale, and what comes after
+    it takes silu(y) - silu(-y) = y. Channels that this does not need stay random.
+    """
+    encoder, C = vae.encoder, vae.config.latent_channels
+    for module in encoder.modules():
+        if isinstance(module, ResnetBlock):
+            nn.init.zeros_(module.conv2.weight)
+            nn.init.zeros_(module.conv2.bias)
+        if isinstance(module, Attention):
+            nn.init.zeros_(module.out.weight)
+            nn.init.zeros_(module.out.bias)
+    assign(encoder.conv_in, torch.eye(3)[:, :, None, None], at=1)
+    known = 3  # channels, the first ones of the layer at hand
+    for level in list(encoder.down)[:-1]:
+        if isinstance(level.resnets[0].shortcut, nn.Conv2d):
+            assign(level.resnets[0].shortcut, torch.eye(known)[:, :, None, None])
+        last = level is encoder.down[-2]
+        blocks = F.pixel_unshuffle(pixels, 2)  # (B, 4 * known, h, w)
+        kept = C if last else min(4 * known, level.downsample.out_channels - 4)
+        flat = blocks.transpose(0, 1).flatten(1)  # (4 * known, samples)
+        mean = flat.mean(dim=1)
+        variance, directions = torch.linalg.eigh(flat.cov())  # rising
+        turn = directions.T.flip(0)[:kept]  # (kept, 4 * known)
+        if last:  # deviations become their fourth roots: nearly alike, the telling ones larger
+            turn = turn / variance.flip(0)[:kept, None] ** 0.375
+        assign(level.downsample, turn.unflatten(1, (known, 2, 2)), -turn @ mean)
+        pixels = torch.einsum("kc,bchw->bkhw", turn, blocks - mean[:, None, None])
+        known = kept
+
+    shortcut, norm, out = encoder.down[-1].resnets[0].shortcut, encoder.norm_out, encoder.conv_out
+    eye, half = torch.eye(C), norm.num_channels // norm.num_groups
+    assign(shortcut, torch.cat((eye, -eye, torch.zeros(half - 2 * C, C)))[:, :, None, None])
+    constants = 5.0 * (-1.0) ** torch.arange(half - 2 * C)
+    shortcut.bias[2 * C : half] = constants
+    norm.weight[:half] = ((2 * C + constants.square().sum()) / half).sqrt()
+    assign(out, torch.cat((eye, -eye), dim=1)[:, :, None, None], at=1)
+    out.weight[C:].zero_()
+    out.bias[C:] = -7.0  # of the log variance: little noise to begin with
+
+
+def assign(conv: nn.Conv2d, weight: Tensor, bias: Tensor | float = 0.0, at: int = 0) -> None:
+    """Make the first rows of a convolution this weight (rows, columns, height, width), whose left
+    top corner lies at (at, at) of the kernel, and nothing else."""
+    rows, columns, height, width = weight.shape
+    conv.weight[:rows] = 0
+    conv.weight[:rows, :columns, at : at + height, at : at + width] = weight
+    conv.bias[:rows] = bias
+
+
+@torch.no_grad()
+def scaled(vae: AutoencoderKL, sprites: Sprites) -> AutoencoderKL:
+    """The same autoencoder with latents of mean 0 in every channel and deviation 1 in all together,
+    and the channels that say most first: of our Next-DiT's 16 only the first three are guided.
 
     What a channel says is its deviation beside the noise that the encoder adds to it. All is folded
     into the encoder's last and the decoder's first convolution, so that pictures stay what they
     were (but for their outermost pixels, which see the mean where they saw zeros).
     """
-    rng, side, weight = random.Random("scale"), models.VAE.sample_size, vae.encoder.conv_in.weight
-    scenes = [random_scene(rng, sprites.names) for _ in range(64)]
-    images = (to_pixels(draw(scene, sprites, side, side)[None]).to(weight) for scene in scenes)
+    images = to_pixels(pictures(sprites, 64)).to(vae.encoder.conv_in.weight).split(1)
     means, logvars = map(torch.cat, zip(*(vae.moments(one) for one in images), strict=True))
     deviation, mean = torch.std_mean(means, dim=(0, 2, 3))  # (C,)
     clearness = deviation / logvars.exp().mean(dim=(0, 2, 3)).sqrt()
     order = clearness.argsort(descending=True)
-    for what, values in (("deviation", deviation), ("deviation by noise", clearness)):
+    scale = deviation.square().mean().sqrt()
+    for what, values in (("deviation", deviation / scale), ("deviation by noise", clearness)):
         print(f"{what} of the channels:", *(f"{x:.2f}" for x in values[order].tolist()))
     final = copy.deepcopy(vae)
     out, into, count = final.encoder.conv_out, final.decoder.conv_in, len(order)
     out.bias[:count] -= mean
-    out.bias[:count] /= deviation
-    out.bias[count:] -= 2 * deviation.log()  # of the log variance
-    out.weight[:count] /= deviation[:, None, None, None]
+    out.bias[:count] /= scale
+    out.bias[count:] -= 2 * scale.log()  # of the log variance
+    out.weight[:count] /= scale
     into.bias += into.weight.sum(dim=(2, 3)) @ mean
-    into.weight *= deviation[:, None, None]
+    into.weight *= scale
     both = torch.cat((order, count + order))
     out.weight.copy_(out.weight[both])
     out.bias.copy_(out.bias[both])
