@@ -166,7 +166,9 @@ def scaled(vae: AutoencoderKL, sprites: Sprites) -> AutoencoderKL:
     """The same autoencoder with latents of mean 0 in every channel and deviation 1 in all together,
     and the channels that say most first: of our Next-DiT's 16 only the first three are guided.
 
-    What a channel says is its deviation beside the noise that the encoder adds to it. All is folded
+    What a channel says is its deviation beside the noise that the encoder adds to it. Channels keep
+    the square root of what their deviations differ by: then the noise of a flow covers the fine
+    ones first and the telling ones last, and none so early that it is never learnt. All is folded
     into the encoder's last and the decoder's first convolution, so that pictures stay what they
     were (but for their outermost pixels, which see the mean where they saw zeros).
     """
@@ -175,7 +177,7 @@ def scaled(vae: AutoencoderKL, sprites: Sprites) -> AutoencoderKL:
     deviation, mean = torch.std_mean(means, dim=(0, 2, 3))  # (C,)
     clearness = deviation / logvars.exp().mean(dim=(0, 2, 3)).sqrt()
     order = clearness.argsort(descending=True)
-    scale = deviation.square().mean().sqrt()
+    scale = (deviation * deviation.mean()).sqrt()  # (C,)
     for what, values in (("deviation", deviation / scale), ("deviation by noise", clearness)):
         print(f"{what} of the channels:", *(f"{x:.2f}" for x in values[order].tolist()))
     final = copy.deepcopy(vae)
@@ -183,9 +185,9 @@ def scaled(vae: AutoencoderKL, sprites: Sprites) -> AutoencoderKL:
     out.bias[:count] -= mean
     out.bias[:count] /= scale
     out.bias[count:] -= 2 * scale.log()  # of the log variance
-    out.weight[:count] /= scale
+    out.weight[:count] /= scale[:, None, None, None]
     into.bias += into.weight.sum(dim=(2, 3)) @ mean
-    into.weight *= scale
+    into.weight *= scale[:, None, None]
     both = torch.cat((order, count + order))
     out.weight.copy_(out.weight[both])
     out.bias.copy_(out.bias[both])
