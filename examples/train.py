@@ -96,14 +96,15 @@ def main() -> None:
         given = {"device": device, "save_minutes": args.save_minutes}
     if args.command in ("vae", "decoder"):
         frozen = args.command == "decoder"
-        train_vae(args.run, args.packages, plan, frozen=frozen, **given)
+        train_vae(args.run, args.packages, plan, frozen=frozen, workers=args.workers, **given)
     elif args.command == "scenes":
         latents.check_sizes(turned(args.sizes))
         vae = load_component(args.run, "vae").to(device)
         sprites = Sprites(args.packages)
-        latents.prepare(args.run / "data", vae, sprites, turned(args.sizes), args.count)
+        sizes = turned(args.sizes)
+        latents.prepare(args.run / "data", vae, sprites, sizes, args.count, args.workers)
     elif args.command == "classifier":
-        train_classifier(args.run, args.packages, plan, **given)
+        train_classifier(args.run, args.packages, plan, workers=args.workers, **given)
     elif args.command == "text":
         train_text(args.family, args.run, args.packages, plan, *turned([args.size]), **given)
     elif args.command == "train":
@@ -149,6 +150,9 @@ def parse() -> argparse.Namespace:
             sub.add_argument("--family", choices=models.PIXELS, required=True)
         sub.add_argument("--threads", type=int, default=os.cpu_count())
         sub.add_argument("--device", help="cpu, cuda or mps; default: the fastest that is there")
+        if name in ("vae", "decoder", "scenes", "classifier"):
+            text = "processes that compose scenes ahead, e.g. all cores beside a GPU"
+            sub.add_argument("--workers", type=int, default=0, help=text)
         if name in STEPS:
             for key, value in asdict(Plan(STEPS[name], BATCH[name])).items():
                 sub.add_argument(f"--{key.replace('_', '-')}", type=type(value), default=value)
@@ -187,7 +191,9 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if getattr(args, "cooldown", 0) is None:
         args.cooldown = args.steps // 2
-    at_least(parser, args, threads=1, steps=1, batch=1, warmup=1, cooldown=0, count=1, renew=0)
+    at_least(
+        parser, args, threads=1, steps=1, batch=1, warmup=1, cooldown=0, count=1, renew=0, workers=0
+    )
     return args
 
 

@@ -594,6 +594,14 @@ def test_latents_have_mean_0_and_deviation_1_and_clear_channels_first(packages):
     )
 
 
+def test_composing_ahead_changes_nothing(packages, tmp_path):
+    plan = optim.Plan(steps=3, batch=2)
+    for workers in (0, 2):
+        vae.train_vae(tmp_path / str(workers), packages, plan, CPU, workers=workers)
+    one, other = (load_component(tmp_path / name, "vae").state_dict() for name in ("0", "2"))
+    assert_equal(one, other)
+
+
 def test_a_frozen_encoder_stays_while_the_decoder_learns(run, packages):
     before = load_component(run, "vae").state_dict()
     vae.train_vae(run, packages, optim.Plan(steps=2, batch=2, warmup=1), CPU, frozen=True)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from training.loop import Loop, follow, save
+from training.loop import Loop, ahead, follow, save
 from training.optim import Optimiser, Plan, autocast
 from training.scenes import Name, Scene, Sprites, draw, random_scene
 from training.vae import to_pixels
@@ -70,8 +70,9 @@ def labels(scene: Scene, names: dict[Name, int], height: int, width: int) -> np.
 
 
 def train_classifier(
-    run: Path, packages: Path, plan: Plan, device: torch.device, save_minutes: float = 3.0
-) -> None:
+    run: Path, packages: Path, plan: Plan, device: torch.device, save_minutes: float = 3.0,
+    workers: int = 0,
+) -> None:  # fmt: skip
     """Train it on scenes as training shows them, and write it to classifier.pt of the run."""
     torch.manual_seed(plan.seed)
     sprites = Sprites(packages)
@@ -81,11 +82,16 @@ def train_classifier(
     optimiser = Optimiser(network.named_parameters())
     parts = {"network": network, "average": average, "optimiser": optimiser}
     loop = Loop(run / "classifier-checkpoint.pt", plan.steps, parts, save_minutes)
-    for step in loop:
+
+    def compose(step: int) -> tuple[np.ndarray, np.ndarray]:
         rng = random.Random(f"classifier/{plan.seed}/{step}")
         scenes = [random_scene(rng, sprites.names) for _ in range(plan.batch)]
         pictures = np.stack([draw(scene, sprites, SIDE, SIDE) for scene in scenes])
-        target = torch.from_numpy(np.stack([labels(s, numbers, SIDE, SIDE) for s in scenes]))
+        return pictures, np.stack([labels(scene, numbers, SIDE, SIDE) for scene in scenes])
+
+    composed = ahead(compose, loop.left, workers)
+    for step, (pictures, cells) in zip(loop, composed, strict=False):
+        target = torch.from_numpy(cells)  # (B, 16, 16)
         with autocast(device):
             logits = network(to_pixels(pictures).to(device))  # (B, 1 + N, 16, 16)
         loss = F.cross_entropy(logits.float(), target.to(device), ignore_index=-1)

@@ -13,6 +13,7 @@ import numpy as np
 from torch import nn
 from tqdm import tqdm
 
+from training.loop import ahead
 from training.scenes import Name, Scene, Sprites, draw, random_scene
 from training.vae import encode_images
 
@@ -55,8 +56,9 @@ class Latents:
         return self.array[slots].astype(np.float32), scenes
 
     def renew(
-        self, vae: nn.Module, sprites: Sprites, renewals: int, progress: bool = False
-    ) -> None:
+        self, vae: nn.Module, sprites: Sprites, renewals: int, progress: bool = False,
+        workers: int = 0,
+    ) -> None:  # fmt: skip
         """Make the file what it is after `renewals` renewals, from whatever it is now.
 
         An interrupted run may have renewed more than its last checkpoint knows: this goes back.
@@ -65,16 +67,22 @@ class Latents:
         expected = np.arange(count) + count * ((renewals + count - 1 - np.arange(count)) // count)
         slots = np.flatnonzero(self.numbers != expected)
         title = "encoding {} x {}".format(*self.size)
-        for slot in tqdm(slots, desc=title, unit="scene", disable=not progress):
-            picture = draw(self.scene(int(expected[slot])), sprites, *self.size)
+
+        def compose(slot: int) -> np.ndarray:
+            return draw(self.scene(int(expected[slot])), sprites, *self.size)
+
+        pictures = ahead(compose, slots.tolist(), workers)
+        rows = tqdm(zip(slots, pictures, strict=True), title, len(slots), disable=not progress)
+        for slot, picture in rows:
             self.numbers[slot] = -1
             self.array[slot] = encode_images(vae, picture[None])[0].cpu().numpy()
             self.numbers[slot] = expected[slot]
 
 
 def prepare(
-    folder: Path, vae: nn.Module, sprites: Sprites, sizes: Sequence[tuple[int, int]], count: int
-) -> None:
+    folder: Path, vae: nn.Module, sprites: Sprites, sizes: Sequence[tuple[int, int]], count: int,
+    workers: int = 0,
+) -> None:  # fmt: skip
     """Compose and encode `count` scenes of each size; goes on where it was interrupted."""
     check_sizes(sizes)
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +93,7 @@ def prepare(
             numbers = np.full(count, -1)
             np.save(numbers_path(path), numbers)
             np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
-        Latents(folder, height, width, sprites.names).renew(vae, sprites, 0, progress=True)
+        Latents(folder, height, width, sprites.names).renew(vae, sprites, 0, True, workers)
 
 
 def check_sizes(sizes: Sequence[tuple[int, int]]) -> None:

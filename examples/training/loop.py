@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 
 class Loop:
@@ -34,6 +35,11 @@ class Loop:
             for name, part in parts.items():
                 part.load_state_dict(state[name])
             print(f"going on from step {self.done} of {path}", flush=True)
+
+    @property
+    def left(self) -> range:
+        """The numbers of the steps to come."""
+        return range(self.done, self.steps)
 
     def __iter__(self) -> Iterator[int]:
         started = saved = time.time()
@@ -65,6 +71,22 @@ class Loop:
         )
         if not math.isfinite(loss):
             raise ValueError(f"the loss is {loss} at step {self.done}; lower --muon-lr")
+
+
+def ahead(make: Callable[[int], Any], numbers: Sequence[int], workers: int) -> Iterator[Any]:
+    """make(n) of all the numbers in their order, made by so many processes before they are needed;
+    0 makes them here and now."""
+
+    class Made(Dataset):
+        def __getitem__(self, number: int) -> Any:
+            return make(int(number))
+
+    options = {"prefetch_factor": 8, "multiprocessing_context": "fork"} if workers else {}
+    return iter(
+        DataLoader(
+            Made(), None, sampler=numbers, num_workers=workers, collate_fn=lambda x: x, **options
+        )
+    )
 
 
 def save(state: Any, path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from minidit.vae import Attention, AutoencoderKL, ResnetBlock
 from training import models
-from training.loop import Loop, follow
+from training.loop import Loop, ahead, follow
 from training.optim import Optimiser, Plan, autocast
 from training.scenes import Sprites, draw, random_scene
 from weights.load import load_component
@@ -28,7 +28,7 @@ SIDES = (128, 192, 256, 384)  # of the pictures that they are cut from
 
 def train_vae(
     run: Path, packages: Path, plan: Plan, device: torch.device, frozen: bool = False,
-    save_minutes: float = 3.0,
+    save_minutes: float = 3.0, workers: int = 0,
 ) -> None:  # fmt: skip
     """Train the autoencoder on crops of scenes and write it to the run's folder vae.
 
@@ -54,10 +54,14 @@ def train_vae(
     optimiser = Optimiser(vae.named_parameters())
     parts = {"vae": vae, "average": average, "optimiser": optimiser}
     loop = Loop(run / ("decoder.pt" if frozen else "vae.pt"), plan.steps, parts, save_minutes)
-    for step in loop:
-        rng = random.Random(f"vae/{plan.seed}/{step}")
-        generator = torch.Generator().manual_seed(rng.getrandbits(63))
-        images = to_pixels(crops(sprites, plan.batch, rng)).to(device)
+
+    def chance(step: int) -> random.Random:
+        return random.Random(f"vae/{plan.seed}/{step}")
+
+    composed = ahead(lambda step: crops(sprites, plan.batch, chance(step)), loop.left, workers)
+    for step, shown in zip(loop, composed, strict=False):
+        generator = torch.Generator().manual_seed(chance(step).getrandbits(63))
+        images = to_pixels(shown).to(device)
         with autocast(device):
             with torch.set_grad_enabled(not frozen):
                 mean, logvar = (x.float() for x in vae.moments(images))  # (B, C, h, w) each
