@@ -72,11 +72,13 @@ class Latents:
             return draw(self.scene(int(expected[slot])), sprites, *self.size)
 
         pictures = ahead(compose, slots.tolist(), workers)
-        rows = tqdm(zip(slots, pictures, strict=True), title, len(slots), disable=not progress)
-        for slot, picture in rows:
-            self.numbers[slot] = -1
-            self.array[slot] = encode_images(vae, picture[None])[0].cpu().numpy()
-            self.numbers[slot] = expected[slot]
+        many = 1 if next(vae.parameters()).device.type == "cpu" else 64
+        for start in tqdm(range(0, len(slots), many), title, disable=not progress):
+            some = slots[start : start + many]
+            images = np.stack([next(pictures) for _ in some])
+            self.numbers[some] = -1
+            self.array[some] = encode_images(vae, images).cpu().numpy()
+            self.numbers[some] = expected[some]
 
 
 def prepare(
