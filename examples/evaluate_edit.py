@@ -95,7 +95,8 @@ def dense(edit: Edit, steps: int) -> tuple[Tensor, float]:
 def held(edit: Edit, every: int) -> tuple[Tensor, float]:
     """All tokens in every so many steps, and none in the others: a single one is as good."""
     steps = steps_of(edit)
-    config = ras.RASConfig(ratio=1e-6, start=1, refresh=tuple(range(every, steps, every)))
+    refresh = tuple(range(every, steps, every))
+    config = ras.RASConfig(ratio=1e-6, start=1, end=None, refresh=refresh)
     return edit.run(edit.sigmas(steps), config)
 
 
