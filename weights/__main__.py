@@ -7,8 +7,8 @@ import math
 import sys
 
 from weights.files import COMPONENTS
-from weights.load import find_model
-from weights.networks import FAMILIES, Model, Part, build
+from weights.load import open_model
+from weights.networks import Model, Part, build
 from weights.save import convert
 
 
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.command == "inspect":
             return inspect(options.path, not options.no_t5, options.extra)
-        model = find_model(options.path, not options.no_t5, options.extra)
+        model = open_model(options.path, not options.no_t5, options.extra)
         convert(model, options.out, report=print)
     except (ValueError, OSError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -46,14 +46,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 def inspect(path: str, use_t5: bool, extra: list[str]) -> int:
     """Print what a model is; 0 if all that is there is sound. Fetches no weights from the hub."""
-    lines, sound = describe(find_model(path, use_t5, extra, weights=False))
+    lines, sound = describe(open_model(path, use_t5, extra, weights=False))
     print("\n".join(lines))
     return 0 if sound else 1
 
 
 def describe(model: Model) -> tuple[list[str], bool]:
     """What a model is, one line a component, and whether all its files are sound."""
-    family = FAMILIES.get(model.family or "")
+    family = model.family
     title = family.title if family else "not a whole model"
     if family and getattr(model.parts["transformer"].config, "qk_norm", None) == "rms_norm":
         title = "Stable Diffusion 3.5"

@@ -1,7 +1,7 @@
 """Models written as folders in the diffusers layout: what is in memory, or what is in other files.
 
-Files are converted a component at a time, in the type they are stored in, so that what is loaded
-from either is the same to the bit.
+Files are converted a tensor at a time, in the type they are stored in, so that what is loaded from
+either is the same to the bit. Large components become shards with an index.
 """
 
 from __future__ import annotations
@@ -23,7 +23,17 @@ from torch import Tensor, nn
 from minidit.scheduler import SchedulerConfig
 from weights.files import weights_name
 from weights.keymap import Family, write_out
-from weights.networks import CLASSES, FAMILIES, NETWORKS, Model, build, family_of, fill, plan_of
+from weights.networks import (
+    CLASSES,
+    NETWORKS,
+    Model,
+    build,
+    family_of,
+    plan_of,
+    read_into,
+)
+
+MAX_SHARD = 5 * 10**9  # bytes of a file, as of the official libraries' files
 
 
 def save(pipe: Any, folder: str | PathLike[str], dtype: torch.dtype | None = None) -> None:
@@ -34,7 +44,10 @@ def save(pipe: Any, folder: str | PathLike[str], dtype: torch.dtype | None = Non
     it is written; what stops the writing leaves nothing.
     Raises FileExistsError if the folder is there, ValueError for a pipeline that cannot be written.
     """
-    family = FAMILIES[family_of(kind_of(getattr(pipe, "transformer", None))) or ""]
+    kind = kind_of(getattr(pipe, "transformer", None))
+    family = family_of(kind)
+    if family is None:
+        raise ValueError(f"the pipeline's transformer is a {kind}, which is none")
     networks, tokenizers = {}, {}
     for name in family.components:
         part = getattr(pipe, name, None)
@@ -61,10 +74,10 @@ def convert(
     """Write a model in any layout as the folder `out` in the diffusers layout.
 
     What the model lacks (a single file has no tokenizers) is left out. `out` appears when all of it
-    is written; what stops the writing leaves nothing. It takes the memory of the largest component.
+    is written; what stops the writing leaves nothing. It takes the memory of one shard.
     Raises FileExistsError if `out` is there, ValueError or FileNotFoundError for the model.
     """
-    family = FAMILIES.get(model.family or "")
+    family = model.family
     parts = {name: part for name, part in model.parts.items() if name not in model.missing}
     if not parts:
         raise FileNotFoundError(f"{model.where} has no weights to convert")
@@ -72,10 +85,14 @@ def convert(
     with new_folder(out) as partial:
         for name, part in parts.items():
             report(f"writing {name}")
-            module = fill(*built.pop(name), part, torch.device("cpu"))
+            module, plan = built[name]
+            empty = module.state_dict()
+
+            def read(name: str, plan=plan, empty=empty, stored=part.stored) -> Tensor:
+                return read_into(torch.empty_like(empty[name], device="cpu"), plan[name], stored)
+
             cls = family.components[name] if family else None
-            write_network(module, partial / name, None, cls, part.given)
-            del module
+            write_network(module, partial / name, None, cls, part.given, read)
         # what is needed and missing is listed, too, so that loading can say so
         listed = {*parts, *model.tokenizers, *model.missing}
         _write_rest(partial, family, model.tokenizers, model.scheduler, listed)
@@ -105,22 +122,47 @@ def write_network(
     dtype: torch.dtype | None = None,
     cls: str | None = None,
     given: Mapping[str, Any] = {},
+    read: Callable[[str], Tensor] | None = None,
 ) -> None:
-    """One component's folder: config.json and a .safetensors file with the official names.
+    """One component's folder: config.json, and a .safetensors file with the official names, or
+    shards of it with an index.
 
     dtype   None keeps the types that the tensors have
     cls     the class of the official libraries that will read it, where there are several
     given   config.json as it was, where there was one
+    read    gives a tensor by its name, where the module is on the meta device
     """
     kind = kind_of(module)
-    cls = cls or next(iter(NETWORKS[kind].classes))
+    cls = cls or NETWORKS[kind].classes[0]
+    state = module.state_dict()
+    read = read or (lambda name: state[name].to("cpu", dtype))
     plan = plan_of(kind, CLASSES[cls][1], module)
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in module.state_dict().items():
-        tensors |= write_out(tensor.to("cpu", dtype), plan[name])
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", _config(kind, module.config, cls, given))
-    save_file(tensors, folder / f"{weights_name(folder.name)}.safetensors", {"format": "pt"})
+    shards: list[list[str]] = []
+    room = 0
+    for name, recipe in plan.items():
+        size = (
+            state[name].numel() * (dtype or state[name].dtype).itemsize * (2 if recipe.copy else 1)
+        )
+        if size > room or not shards:
+            shards.append([])
+            room = MAX_SHARD
+        shards[-1].append(name)
+        room -= size
+    stem, total = weights_name(folder.name), 0
+    where: dict[str, str] = {}
+    for i, names in enumerate(shards, start=1):
+        tensors: dict[str, Tensor] = {}
+        for name in names:
+            tensors |= write_out(read(name), plan[name])
+        place = f"-{i:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+        save_file(tensors, folder / f"{stem}{place}.safetensors", {"format": "pt"})
+        where |= dict.fromkeys(tensors, f"{stem}{place}.safetensors")
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        write_json(folder / f"{stem}.safetensors.index.json", index)
 
 
 def _write_rest(
