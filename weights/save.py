@@ -7,6 +7,7 @@ either is the same to the bit. Large components become shards with an index.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -21,8 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minidit.scheduler import SchedulerConfig
-from weights.files import weights_name
-from weights.keymap import Family, write_out
+from weights.files import Tensors, weights_name
+from weights.keymap import Family, Recipe, write_out
 from weights.networks import (
     CLASSES,
     NETWORKS,
@@ -86,12 +87,8 @@ def convert(
         for name, part in parts.items():
             report(f"writing {name}")
             module, plan = built[name]
-            empty = module.state_dict()
-
-            def read(name: str, plan=plan, empty=empty, stored=part.stored) -> Tensor:
-                return read_into(torch.empty_like(empty[name], device="cpu"), plan[name], stored)
-
             cls = family.components[name] if family else None
+            read = _reader(module, plan, part.stored)
             write_network(module, partial / name, None, cls, part.given, read)
         # what is needed and missing is listed, too, so that loading can say so
         listed = {*parts, *model.tokenizers, *model.missing}
@@ -116,6 +113,14 @@ def new_folder(out: str | PathLike[str]) -> Iterator[Path]:
         raise
 
 
+def _reader(
+    module: nn.Module, plan: Mapping[str, Recipe], stored: Tensors
+) -> Callable[[str], Tensor]:
+    """A function that reads a tensor of a module on the meta device by its name."""
+    state = module.state_dict()
+    return lambda name: read_into(torch.empty_like(state[name], device="cpu"), plan[name], stored)
+
+
 def write_network(
     module: nn.Module,
     folder: Path,
@@ -125,44 +130,48 @@ def write_network(
     read: Callable[[str], Tensor] | None = None,
 ) -> None:
     """One component's folder: config.json, and a .safetensors file with the official names, or
-    shards of it with an index.
+    shards of at most MAX_SHARD bytes and their index.
 
     dtype   None keeps the types that the tensors have
     cls     the class of the official libraries that will read it, where there are several
     given   config.json as it was, where there was one
     read    gives a tensor by its name, where the module is on the meta device
     """
-    kind = kind_of(module)
+    kind, state = kind_of(module), module.state_dict()
     cls = cls or NETWORKS[kind].classes[0]
-    state = module.state_dict()
     read = read or (lambda name: state[name].to("cpu", dtype))
-    plan = plan_of(kind, CLASSES[cls][1], module)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", _config(kind, module.config, cls, given))
-    shards: list[list[str]] = []
-    room = 0
-    for name, recipe in plan.items():
-        size = (
-            state[name].numel() * (dtype or state[name].dtype).itemsize * (2 if recipe.copy else 1)
-        )
-        if size > room or not shards:
-            shards.append([])
-            room = MAX_SHARD
-        shards[-1].append(name)
-        room -= size
-    stem, total = weights_name(folder.name), 0
+    plan = plan_of(kind, CLASSES[cls][1], module)
+    sizes = {
+        name: len(recipe.names) * math.prod(recipe.shape) * (dtype or state[name].dtype).itemsize
+        for name, recipe in plan.items()
+    }
+    shards, stem = split(sizes), weights_name(folder.name)
     where: dict[str, str] = {}
     for i, names in enumerate(shards, start=1):
-        tensors: dict[str, Tensor] = {}
+        number = f"-{i:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+        tensors: dict[str, Tensor] = {}  # the shard before goes
         for name in names:
             tensors |= write_out(read(name), plan[name])
-        place = f"-{i:05}-of-{len(shards):05}" if len(shards) > 1 else ""
-        save_file(tensors, folder / f"{stem}{place}.safetensors", {"format": "pt"})
-        where |= dict.fromkeys(tensors, f"{stem}{place}.safetensors")
-        total += sum(tensor.nbytes for tensor in tensors.values())
+        save_file(tensors, folder / f"{stem}{number}.safetensors", {"format": "pt"})
+        where |= dict.fromkeys(tensors, f"{stem}{number}.safetensors")
     if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": where}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
         write_json(folder / f"{stem}.safetensors.index.json", index)
+
+
+def split(sizes: Mapping[str, int]) -> list[list[str]]:
+    """Names in groups of at most MAX_SHARD bytes, in their order; what is larger stands alone."""
+    groups: list[list[str]] = [[]]
+    room = MAX_SHARD
+    for name, size in sizes.items():
+        if size > room and groups[-1]:
+            groups.append([])
+            room = MAX_SHARD
+        groups[-1].append(name)
+        room -= size
+    return groups
 
 
 def _write_rest(
