@@ -181,10 +181,7 @@ def count(stored: Tensors, prefix: str) -> int:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object; ValueError or FileNotFoundError says what is wrong."""
-    size = file_size(path)
-    if size > MAX_JSON:
-        raise ValueError(f"{path} has {size} bytes, a JSON file here has at most {MAX_JSON}")
-    data = path.read_bytes()
+    data = read_bytes(path, MAX_JSON)
     try:
         if data.count(b"{") + data.count(b"[") > MAX_BRACKETS:
             raise ValueError(f"more than {MAX_BRACKETS} lists and objects")
@@ -220,6 +217,14 @@ def file_size(path: Path) -> int:
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {short(str(path))}: {reason(error)}") from None
     raise FileNotFoundError(f"there is no file {path}")
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """All of a file; ValueError or FileNotFoundError if it is larger than `most` or not there."""
+    size = file_size(path)
+    if size > most:
+        raise ValueError(f"{path} has {size} bytes, a file of its kind has at most {most}")
+    return path.read_bytes()
 
 
 def weights_name(component: str) -> str:

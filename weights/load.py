@@ -22,7 +22,16 @@ from minidit.scheduler import SchedulerConfig
 from weights import lumina, sd3
 from weights.common import is_clip_l
 from weights.config import config_from
-from weights.files import COMPONENTS, FOREIGN, plain, read_header, read_json, read_torch
+from weights.files import (
+    COMPONENTS,
+    FOREIGN,
+    find_tensors,
+    plain,
+    read_header,
+    read_json,
+    read_torch,
+    weights_name,
+)
 from weights.keymap import Family
 from weights.networks import (
     CLASSES,
@@ -34,7 +43,6 @@ from weights.networks import (
     fill,
     kind_in,
     read_config,
-    read_part,
     sized_part,
 )
 from weights.resolve import resolve
@@ -208,14 +216,13 @@ def _find(model: Model, name: str, folders: list[Path], listed: list[str] | None
         look = name in (known if listed is None else listed)
         if look and any(_look_in(folder, model, name) for folder in folders):
             return
+        needed = family is not None and name in known and name not in family.optional
+        if name == "tokenizer_3":  # T5 is optional, but not without its tokenizer
+            needed = needed or "text_encoder_3" in model.parts
+        if needed or name in (listed or ()):
+            raise FileNotFoundError(_what_to_add(model, name))
     except FileNotFoundError as error:
         model.missing[name] = str(error)
-        return
-    needed = family is not None and name in known and name not in family.optional
-    if name == "tokenizer_3":  # T5 is optional, but not without its tokenizer
-        needed = needed or "text_encoder_3" in model.parts
-    if needed or name in (listed or ()):
-        model.missing[name] = _what_to_add(model, name)
 
 
 def _listed(folder: Path) -> list[str]:
@@ -261,16 +268,15 @@ def read_parts(path: Path) -> list[Part]:
         what = FOREIGN[path.suffix]
         raise ValueError(f"{path} is {what}: use the model's .safetensors file instead")
     stored = read_torch(path) if path.suffix in (".pth", ".pt") else read_header(path)
-    if not any(name.startswith(PREFIXES) for name in stored):
-        return [sized_part(stored, str(path))]
     shares: dict[str, dict[str, Any]] = {}
     for key, tensor in stored.items():
-        prefix = next((prefix for prefix in PREFIXES if key.startswith(prefix)), None)
-        if prefix is None:
-            raise ValueError(
-                f"{path} has the tensor {plain(key)}, which belongs to no known component"
-            )
+        prefix = next(filter(key.startswith, PREFIXES), "")
         shares.setdefault(prefix, {})[key.removeprefix(prefix)] = tensor
+    if not shares.keys() - {""}:
+        return [sized_part(stored, str(path))]
+    if "" in shares:
+        key = plain(next(iter(shares[""])))
+        raise ValueError(f"{path} has the tensor {key}, which belongs to no known component")
     return [sized_part(share, f"{path} ({prefix}*)") for prefix, share in shares.items()]
 
 
@@ -310,8 +316,8 @@ def _look_in(folder: Path, model: Model, name: str) -> bool:
             raise FileNotFoundError(f"there is no {main or ' or '.join(FILES)} in {here}")
         model.tokenizers[name] = here
     else:
-        model.parts[name] = read_config(here, name)  # stays where the weights are missing
-        model.parts[name] = read_part(here, name)
+        part = model.parts[name] = read_config(here, name)  # stays where the weights are missing
+        model.parts[name] = part._replace(stored=find_tensors(here, weights_name(name)))
     return True
 
 

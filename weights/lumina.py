@@ -15,7 +15,6 @@ from weights.keymap import Family, Network, Same, Source, Table
 FILES = tuple(
     f"consolidated{ema}.00-of-01.{end}" for ema in ("_ema", "") for end in ("safetensors", "pth")
 )
-MULTIPLES = (256, 128, 64, 32, 16, 8, 4, 2, 1)  # that the width of the MLP may be rounded up to
 
 
 def nextdit(config: NextDiTConfig, names: Collection[str] = ()) -> Table:
@@ -62,10 +61,6 @@ def nextdit_sizes(stored: Tensors) -> tuple[str, NextDiTConfig]:
     keys = shape_of(stored, "layers.0.attention.wk.weight", 2)[0]
     mlp = shape_of(stored, "layers.0.feed_forward.w1.weight", 2)[0]
     patch = 2  # as in every published model
-    # the MLP is 2/3 of 4 widths, rounded up to a multiple of this
-    multiples = [m for m in MULTIPLES if -(-int(8 * width / 3) // m) * m == mlp]
-    if not multiples:
-        raise ValueError(f"the MLP is {mlp} wide, which does not follow from a width of {width}")
     return "original", NextDiTConfig(
         sample_size=image_size(stored["x_embedder.weight"]) // 8,
         patch_size=patch,
@@ -74,13 +69,21 @@ def nextdit_sizes(stored: Tensors) -> tuple[str, NextDiTConfig]:
         num_layers=count(stored, "layers."),
         num_attention_heads=heads,
         num_kv_heads=max(1, keys * heads // width),
-        multiple_of=multiples[0],
+        multiple_of=multiple_of(mlp, int(8 * width / 3), width),  # 2/3 of 4 widths
         ffn_dim_multiplier=None,
         norm_eps=1e-5,
         learn_sigma=shape_of(stored, "final_layer.linear.weight", 2)[0] > patch_values,
         qk_norm="layers.0.attention.q_norm.weight" in stored,
         cross_attention_dim=shape_of(stored, "layers.0.attention.wk_y.weight", 2)[1],
     )
+
+
+def multiple_of(mlp: int, hidden: int, width: int) -> int:
+    """The largest number that rounding `hidden` up to a multiple of gives the width of the MLP."""
+    for multiple in (256, 128, 64, 32, 16, 8, 4, 2, 1):
+        if -(-hidden // multiple) * multiple == mlp:
+            return multiple
+    raise ValueError(f"the MLP is {mlp} wide, which does not follow from a width of {width}")
 
 
 def image_size(tensor: Stored) -> int:

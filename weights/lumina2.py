@@ -12,7 +12,7 @@ from minidit.lumina2 import Lumina2, Lumina2Config
 from minidit.scheduler import SchedulerConfig
 from weights.files import Tensors, count, shape_of
 from weights.keymap import Family, Network, Rows, Table
-from weights.lumina import MULTIPLES
+from weights.lumina import multiple_of
 
 
 def lumina2(config: Lumina2Config, names: Collection[str] = ()) -> Table:
@@ -58,9 +58,6 @@ def lumina2_sizes(stored: Tensors) -> tuple[str, Lumina2Config]:
     inner = shape_of(stored, attn + "out.weight", 2)[1]
     fused = shape_of(stored, attn + "qkv.weight", 2)[0]
     mlp = shape_of(stored, "layers.0.feed_forward.w1.weight", 2)[0]
-    multiples = [m for m in MULTIPLES if -(-4 * width // m) * m == mlp]
-    if not multiples:
-        raise ValueError(f"the MLP is {mlp} wide, which does not follow from a width of {width}")
     return "original", Lumina2Config(
         patch_size=patch,
         in_channels=patch_values // patch**2,
@@ -69,7 +66,7 @@ def lumina2_sizes(stored: Tensors) -> tuple[str, Lumina2Config]:
         num_refiner_layers=count(stored, "noise_refiner."),
         num_attention_heads=max(1, inner // head),
         num_kv_heads=max(1, (fused - inner) // 2 // head),
-        multiple_of=multiples[0],
+        multiple_of=multiple_of(mlp, 4 * width, width),
         axes_dim_rope=(head // 3,) * 3,
         cap_feat_dim=shape_of(stored, "cap_embedder.0.weight", 1)[0],
     )

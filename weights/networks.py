@@ -16,7 +16,7 @@ from minidit.checks import reason, short
 from minidit.scheduler import SchedulerConfig
 from weights import common, flux, lumina, lumina2, sd3
 from weights.config import config_from
-from weights.files import Tensors, find_tensors, plain, read_json, read_rows, weights_name
+from weights.files import Tensors, plain, read_json, read_rows
 from weights.keymap import Family, Network, Recipe, recipes
 
 FAMILIES = (sd3.FAMILY, lumina.FAMILY, flux.FAMILY, lumina2.FAMILY)
@@ -96,12 +96,6 @@ def read_config(folder: Path, component: str) -> Part:
     if layout == "unprojected":
         config = replace(config, projection_dim=config.hidden_size)
     return Part(kind, layout, config, {}, str(folder), values)
-
-
-def read_part(folder: Path, component: str) -> Part:
-    """The same with the headers of its files."""
-    part = read_config(folder, component)
-    return part._replace(stored=find_tensors(folder, weights_name(component)))
 
 
 def sized_part(stored: Tensors, where: str) -> Part:

@@ -9,7 +9,7 @@ from sentencepiece import SentencePieceProcessor
 
 from minidit.checks import short
 from minidit.tokenizers import CLIPTokenizer, SentencePieceTokenizer
-from weights.files import file_size, read_json
+from weights.files import read_bytes, read_json
 
 SMALL = ("tokenizer_config.json", "special_tokens_map.json")
 FILES = {  # the main file, which tells the kind -> what else is read
@@ -95,7 +95,7 @@ def _sentencepiece(path: Path, config: dict[str, Any]) -> SentencePieceTokenizer
     config = T5 | config | T5_ENDS if t5 else GEMMA | config
     model = SentencePieceProcessor()
     try:
-        model.LoadFromSerializedProto(_bytes(path))
+        model.LoadFromSerializedProto(read_bytes(path, MAX_BYTES))
     except RuntimeError:
         raise ValueError(f"{path.name} is not a SentencePiece model") from None
     size, added = model.get_piece_size(), _added_tokens(config)
@@ -175,7 +175,7 @@ def _vocab(path: Path) -> dict[str, int]:
 
 def _merges(path: Path) -> list[tuple[str, str]]:
     try:
-        lines = _bytes(path).decode().splitlines()
+        lines = read_bytes(path, MAX_BYTES).decode().splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"merges.txt is not UTF-8 text: {error}") from None
     merges = []
@@ -188,10 +188,3 @@ def _merges(path: Path) -> list[tuple[str, str]]:
     if not merges:
         raise ValueError("merges.txt has no merges")
     return merges
-
-
-def _bytes(path: Path) -> bytes:
-    size = file_size(path)
-    if size > MAX_BYTES:
-        raise ValueError(f"{path.name} has {size} bytes, must have at most {MAX_BYTES}")
-    return path.read_bytes()
