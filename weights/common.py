@@ -193,6 +193,7 @@ NETWORKS = {
         classes=("AutoencoderKL",),
         sign="encoder.down.0.block.0.conv1.weight",
         sizes=vae_sizes,
+        convs=True,
     ),
     "clip": Network(
         CLIPTextEncoder,

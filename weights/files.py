@@ -34,6 +34,7 @@ COMPONENTS = (
     "scheduler",
 )
 T5_FILES = ("t5xxl_fp16.safetensors", "t5xxl.safetensors", "t5xxl_fp8_e4m3fn.safetensors")
+SCHEDULER = "FlowMatchEulerDiscreteScheduler"  # as model_index.json calls it
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,

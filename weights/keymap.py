@@ -64,6 +64,7 @@ class Network(NamedTuple):
     sign     a tensor that tells it in a file without a config; "" if there is no such layout
     sizes    headers -> layout and config, for such a file; raises ValueError
     ignore   tensor names to ignore
+    convs    its matrices may be stored as 1x1 convolutions
     """
 
     module: type[nn.Module]
@@ -74,6 +75,7 @@ class Network(NamedTuple):
     sign: str = ""
     sizes: Callable[[Any], tuple[str, Any]] | None = None
     ignore: tuple[str, ...] = ()
+    convs: bool = False
 
 
 class Family(NamedTuple):

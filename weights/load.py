@@ -25,6 +25,7 @@ from weights.config import config_from
 from weights.files import (
     COMPONENTS,
     FOREIGN,
+    SCHEDULER,
     find_tensors,
     plain,
     read_header,
@@ -57,7 +58,6 @@ PREFIXES = (  # of the components in one file
     "text_encoders.t5xxl.transformer.",
 )
 OURS = ("default_", "corrected_", "spacing")  # fields of SchedulerConfig that only we write
-SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 FIXED = {  # options of the scheduler that are not for choosing here; False is off
     "num_train_timesteps": 1000,
     "time_shift_type": "exponential",

@@ -96,11 +96,6 @@ def image_size(tensor: Stored) -> int:
     return size
 
 
-def scheduler(config: NextDiTConfig, name: str) -> SchedulerConfig:
-    """What to sample with where no file says it."""
-    return SchedulerConfig(shift=1.0, default_steps=30, default_guidance=4.0)
-
-
 NETWORK = Network(
     NextDiT,
     NextDiTConfig,
@@ -124,5 +119,7 @@ FAMILY = Family(
         "in_channels": [("vae", "latent_channels")],
         "cross_attention_dim": [("text_encoder", "hidden_size")],
     },
-    scheduler=scheduler,
+    scheduler=lambda config, name: SchedulerConfig(
+        shift=1.0, default_steps=30, default_guidance=4.0
+    ),
 )

@@ -72,11 +72,6 @@ def lumina2_sizes(stored: Tensors) -> tuple[str, Lumina2Config]:
     )
 
 
-def scheduler(config: Lumina2Config, name: str) -> SchedulerConfig:
-    """What to sample with where no file says it."""
-    return SchedulerConfig(shift=6.0, spacing="even", default_steps=30, default_guidance=4.0)
-
-
 NETWORK = Network(
     Lumina2,
     Lumina2Config,
@@ -101,6 +96,8 @@ FAMILY = Family(
         "in_channels": [("vae", "latent_channels")],
         "cap_feat_dim": [("text_encoder", "hidden_size")],
     },
-    scheduler=scheduler,
+    scheduler=lambda config, name: SchedulerConfig(
+        shift=6.0, spacing="even", default_steps=30, default_guidance=4.0
+    ),
     latents={"scaling_factor": 0.3611, "shift_factor": 0.1159},
 )

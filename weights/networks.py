@@ -147,7 +147,7 @@ def build(part: Part, compare: bool = False) -> tuple[nn.Module, dict[str, Recip
     except (RuntimeError, TypeError, OverflowError) as error:
         raise ValueError(f"{part.where}: its sizes make no {name}: {reason(error)}") from None
     plan = plan_of(part.kind, part.layout, module, stored)
-    _check(plan, stored, network.ignore, f"{part.where} does not fit {name}")
+    _check(plan, stored, network, f"{part.where} does not fit {name}")
     copies = [recipe for recipe in plan.values() if recipe.copy and compare]
     different = next((recipe for recipe in copies if not _copied(recipe, stored)), None)
     if different and part.kind == "nextdit":
@@ -171,17 +171,22 @@ def plan_of(
     return recipes(table, int(layout != "diffusers"), shapes)
 
 
-def _check(plan: Mapping[str, Recipe], stored: Tensors, ignore: tuple[str, ...], what: str) -> None:
+def _check(plan: Mapping[str, Recipe], stored: Tensors, network: Network, what: str) -> None:
     """Raise one ValueError that lists missing, unexpected, mis-shaped and non-float tensors."""
+
+    def fits(found: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+        conv = network.convs and len(shape) == 2 and found == (*shape, 1, 1)
+        return found == shape or conv
+
     wanted = {name: recipe.shape for recipe in plan.values() for name in recipe.names}
     there = {name: shape for name, shape in wanted.items() if name in stored}
     faults = {
         "missing": [name for name in wanted if name not in stored],
-        "unexpected": [plain(n) for n in stored if n not in wanted and n not in ignore],
+        "unexpected": [plain(n) for n in stored if n not in wanted and n not in network.ignore],
         "of another shape": [
             f"{name} is {list(stored[name].shape)} and must be {list(shape)}"
             for name, shape in there.items()
-            if not _is_shape(stored[name].shape, shape)
+            if not fits(stored[name].shape, shape)
         ],
         "not floating point": [
             f"{name} is {stored[name].dtype}"
@@ -196,11 +201,6 @@ def _check(plan: Mapping[str, Recipe], stored: Tensors, ignore: tuple[str, ...],
     ]
     if said:
         raise ValueError(f"{what}: {'; '.join(said)}")
-
-
-def _is_shape(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    """Whether a stored shape is the wanted one; a matrix may be stored as a 1x1 convolution."""
-    return found == wanted or (len(wanted) == 2 and found == (*wanted, 1, 1))
 
 
 def _copied(recipe: Recipe, stored: Tensors) -> bool:

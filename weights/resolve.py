@@ -64,7 +64,8 @@ def fetch(repo: str, names: Sequence[str], weights: bool = True) -> Path:
     networks = [n for n in names if not n.startswith(("tokenizer", "scheduler")) and weights]
     folder = _download(repo, [*small, *_weights(networks)])
     for variant in (".fp16", ".bf16"):
-        bare = [n for n in networks if (folder / n).is_dir() and not _has_weights(folder / n)]
+        there = [name for name in networks if (folder / name).is_dir()]
+        bare = [name for name in there if not any((folder / name).glob("*.safetensors"))]
         if bare:
             folder = _download(repo, _weights(bare, variant))
     if not any((folder / name).exists() for name in ("model_index.json", *names)):
@@ -89,10 +90,6 @@ def _weights(names: Sequence[str], variant: str = "") -> list[str]:
             f"{variant}-*-of-*.safetensors",
         )
     ]
-
-
-def _has_weights(folder: Path) -> bool:
-    return any(path.suffix == ".safetensors" for path in folder.iterdir())
 
 
 def _download(repo: str, patterns: list[str]) -> Path:

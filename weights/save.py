@@ -10,9 +10,9 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minidit.scheduler import SchedulerConfig
-from weights.files import Tensors, weights_name
+from weights.files import SCHEDULER, Tensors, weights_name
 from weights.keymap import Family, Recipe, write_out
 from weights.networks import (
     CLASSES,
@@ -58,15 +58,13 @@ def save(pipe: Any, folder: str | PathLike[str], dtype: torch.dtype | None = Non
         elif isinstance(part, nn.Module):
             if any(tensor.is_meta for tensor in part.state_dict().values()):
                 raise ValueError(f"the {name} is on the meta device: it has no data")
-            networks[name] = part
+            networks[name] = partial(write_network, part, dtype=dtype, cls=family.components[name])
         elif part.folder is None or not part.folder.is_dir():
             raise ValueError(f"the files of {name} are not there: its folder is {part.folder}")
         else:
             tokenizers[name] = part.folder
-    with new_folder(folder) as partial:
-        for name, module in networks.items():
-            write_network(module, partial / name, dtype, family.components[name])
-        _write_rest(partial, family, tokenizers, pipe.scheduler, {*networks, *tokenizers})
+    listed = {*networks, *tokenizers}
+    _write_folder(Path(folder), family, networks, tokenizers, pipe.scheduler, listed)
 
 
 def convert(
@@ -82,34 +80,66 @@ def convert(
     parts = {name: part for name, part in model.parts.items() if name not in model.missing}
     if not parts:
         raise FileNotFoundError(f"{model.where} has no weights to convert")
-    built = {name: build(part, compare=True) for name, part in parts.items()}
-    with new_folder(out) as partial:
-        for name, part in parts.items():
-            report(f"writing {name}")
-            module, plan = built[name]
-            cls = family.components[name] if family else None
-            read = _reader(module, plan, part.stored)
-            write_network(module, partial / name, None, cls, part.given, read)
-        # what is needed and missing is listed, too, so that loading can say so
-        listed = {*parts, *model.tokenizers, *model.missing}
-        _write_rest(partial, family, model.tokenizers, model.scheduler, listed)
+    networks = {}
+    for name, part in parts.items():
+        module, plan = build(part, compare=True)
+        networks[name] = partial(
+            write_network,
+            module,
+            cls=family.components[name] if family else None,
+            given=part.given,
+            read=_reader(module, plan, part.stored),
+        )
+    # what is needed and missing is listed, too, so that loading can say so
+    listed = {*parts, *model.tokenizers, *model.missing}
+    _write_folder(Path(out), family, networks, model.tokenizers, model.scheduler, listed, report)
 
 
-@contextmanager
-def new_folder(out: str | PathLike[str]) -> Iterator[Path]:
-    """A folder to write in, which gets its name at the end, and goes where there is an error."""
-    out = Path(out)
+def _write_folder(
+    out: Path,
+    family: Family | None,
+    networks: Mapping[str, Callable[[Path], None]],
+    tokenizers: Mapping[str, Path],
+    scheduler: SchedulerConfig | None,
+    listed: set[str],
+    report: Callable[[str], None] = lambda line: None,
+) -> None:
+    """A whole folder, under its name when all of it is written.
+
+    networks    component -> what writes it into a folder
+    tokenizers  component -> a folder of files to copy
+    listed      components that model_index.json names
+    """
     if out.exists():
         raise FileExistsError(f"{out} is there already: name a folder that is not")
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"there is no folder {out.absolute().parent} to write into")
-    partial = out.absolute().with_name(f".{out.name}.{os.getpid()}.partial")
-    partial.mkdir()
+    folder = out.absolute().with_name(f".{out.name}.{os.getpid()}.partial")
+    folder.mkdir()
     try:
-        yield partial
-        partial.rename(out)
+        for name, write in networks.items():
+            report(f"writing {name}")
+            write(folder / name)
+        for name, source in tokenizers.items():
+            (folder / name).mkdir()
+            for file in source.iterdir():
+                if file.is_file():
+                    shutil.copyfile(file, folder / name / file.name)
+        if scheduler is not None:
+            (folder / "scheduler").mkdir()
+            values = {"_class_name": SCHEDULER, "num_train_timesteps": 1000} | asdict(scheduler)
+            write_json(folder / "scheduler" / "scheduler_config.json", values)
+        if family is not None:
+            index: dict[str, Any] = {"_class_name": family.pipeline}
+            for name, cls in family.components.items():
+                library = "diffusers" if name in ("transformer", "vae") else "transformers"
+                there = name in listed or name not in family.optional
+                index[name] = [library, cls] if there else [None, None]
+            index["scheduler"] = ["diffusers", SCHEDULER]
+            write_json(folder / "model_index.json", index)
+        folder.rename(out)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
@@ -172,33 +202,6 @@ def split(sizes: Mapping[str, int]) -> list[list[str]]:
         groups[-1].append(name)
         room -= size
     return groups
-
-
-def _write_rest(
-    folder: Path,
-    family: Family | None,
-    tokenizers: Mapping[str, Path],
-    scheduler: SchedulerConfig | None,
-    listed: set[str],
-) -> None:
-    """What is not a network; listed are the components that model_index.json names."""
-    for name, source in tokenizers.items():
-        (folder / name).mkdir()
-        for file in source.iterdir():
-            if file.is_file():
-                shutil.copyfile(file, folder / name / file.name)
-    if scheduler is not None:
-        (folder / "scheduler").mkdir()
-        values = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
-        write_json(folder / "scheduler" / "scheduler_config.json", values | asdict(scheduler))
-    if family is not None:
-        index: dict[str, Any] = {"_class_name": family.pipeline}
-        for name, cls in family.components.items():
-            library = "diffusers" if name in ("transformer", "vae") else "transformers"
-            there = name in listed or name not in family.optional
-            index[name] = [library, cls] if there else [None, None]
-        index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
-        write_json(folder / "model_index.json", index)
 
 
 def kind_of(module: Any) -> str:
