@@ -180,6 +180,14 @@ def count(stored: Tensors, prefix: str) -> int:
     return len({name[len(prefix) :].split(".")[0] for name in stored if name.startswith(prefix)})
 
 
+def multiple_of(mlp: int, hidden: int, width: int) -> int:
+    """The largest number that rounding `hidden` up to a multiple of gives the width of the MLP."""
+    for multiple in (256, 128, 64, 32, 16, 8, 4, 2, 1):
+        if -(-hidden // multiple) * multiple == mlp:
+            return multiple
+    raise ValueError(f"the MLP is {mlp} wide, which does not follow from a width of {width}")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object; ValueError or FileNotFoundError says what is wrong."""
     data = read_bytes(path, MAX_JSON)

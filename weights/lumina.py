@@ -8,7 +8,7 @@ from pathlib import Path
 from minidit.checks import short
 from minidit.nextdit import NextDiT, NextDiTConfig
 from minidit.scheduler import SchedulerConfig
-from weights.files import Stored, Tensors, count, read_namespace, shape_of
+from weights.files import Stored, Tensors, count, multiple_of, read_namespace, shape_of
 from weights.keymap import Family, Network, Same, Source, Table
 
 # Lumina-T2X's files, best first; the averaged weights are what its own script samples with
@@ -76,14 +76,6 @@ def nextdit_sizes(stored: Tensors) -> tuple[str, NextDiTConfig]:
         qk_norm="layers.0.attention.q_norm.weight" in stored,
         cross_attention_dim=shape_of(stored, "layers.0.attention.wk_y.weight", 2)[1],
     )
-
-
-def multiple_of(mlp: int, hidden: int, width: int) -> int:
-    """The largest number that rounding `hidden` up to a multiple of gives the width of the MLP."""
-    for multiple in (256, 128, 64, 32, 16, 8, 4, 2, 1):
-        if -(-hidden // multiple) * multiple == mlp:
-            return multiple
-    raise ValueError(f"the MLP is {mlp} wide, which does not follow from a width of {width}")
 
 
 def image_size(tensor: Stored) -> int:

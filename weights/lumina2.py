@@ -10,9 +10,8 @@ from typing import Any
 
 from minidit.lumina2 import Lumina2, Lumina2Config
 from minidit.scheduler import SchedulerConfig
-from weights.files import Tensors, count, shape_of
+from weights.files import Tensors, count, multiple_of, shape_of
 from weights.keymap import Family, Network, Rows, Table
-from weights.lumina import multiple_of
 
 
 def lumina2(config: Lumina2Config, names: Collection[str] = ()) -> Table:
