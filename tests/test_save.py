@@ -98,12 +98,13 @@ def test_what_cannot_be_saved_is_refused_and_leaves_nothing(tmp_path: Path, monk
     assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == []
 
 
-def test_large_networks_become_shards_with_an_index(tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("case", ["pipe_sd3", "pipe_lumina"])
+def test_large_networks_become_shards_with_an_index(case: str, tmp_path: Path, monkeypatch) -> None:
     """As the official libraries write them; from memory and from files alike."""
-    pipe = minidit.load(GOLDENS / "pipe_lumina2")
+    pipe = minidit.load(GOLDENS / case)
     monkeypatch.setattr(weights.save, "MAX_SHARD", most := 100_000)
     minidit.save(pipe, tmp_path / "saved")
-    convert(open_model(GOLDENS / "pipe_lumina2"), tmp_path / "converted")
+    convert(open_model(GOLDENS / case), tmp_path / "converted")
     for folder in (tmp_path / "saved", tmp_path / "converted"):
         sharded = 0
         for name in ("transformer", "vae", "text_encoder"):
