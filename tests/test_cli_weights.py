@@ -169,7 +169,7 @@ def test_interrupted_program_says_a_word(folder: Path, monkeypatch, capsys) -> N
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("weights.__main__.find_model", stop)
+    monkeypatch.setattr("weights.__main__.open_model", stop)
     assert main(["inspect", str(folder)]) == 130
     assert capsys.readouterr().err == "stopped\n"
 

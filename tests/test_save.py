@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import GOLDENS
 from safetensors import safe_open
-from weight_files import same_bits
+from safetensors.torch import load_file
+from weight_files import T5, same_bits, stored, write_config, write_header
 
 import minidit
 import weights.save
 from weights.files import COMPONENTS
+from weights.load import open_model
+from weights.save import convert
 
 PIPES = ("pipe_sd3", "pipe_sd35_medium_no_t5", "pipe_lumina")
 
@@ -90,3 +96,75 @@ def test_what_cannot_be_saved_is_refused_and_leaves_nothing(tmp_path: Path, monk
     with pytest.raises(ZeroDivisionError):
         minidit.save(pipe, tmp_path / "a")
     assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("case", ["pipe_sd3", "pipe_lumina"])
+def test_large_networks_become_shards_with_an_index(case: str, tmp_path: Path, monkeypatch) -> None:
+    """As the official libraries write them; from memory and from files alike."""
+    pipe = minidit.load(GOLDENS / case)
+    monkeypatch.setattr(weights.save, "MAX_SHARD", most := 100_000)
+    minidit.save(pipe, tmp_path / "saved")
+    convert(open_model(GOLDENS / case), tmp_path / "converted")
+    for folder in (tmp_path / "saved", tmp_path / "converted"):
+        sharded = 0
+        for name in ("transformer", "vae", "text_encoder"):
+            stem = "model" if name == "text_encoder" else "diffusion_pytorch_model"
+            files = sorted((folder / name).glob("*.safetensors"))
+            index = folder / name / f"{stem}.safetensors.index.json"
+            assert index.is_file() == (len(files) > 1)
+            if len(files) == 1:
+                assert files[0].name == f"{stem}.safetensors"
+                continue
+            sharded += 1
+            assert [file.name for file in files] == [
+                f"{stem}-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)
+            ]
+            values, total = json.loads(index.read_text()), 0
+            for file in files:
+                tensors = load_file(file)
+                size = sum(tensor.nbytes for tensor in tensors.values())
+                assert size <= most or len(tensors) <= 3  # one of ours: q, k and v at most
+                assert {values["weight_map"][key] for key in tensors} == {file.name}
+                total += size
+            assert values["metadata"] == {"total_size": total}
+        assert sharded
+        again = minidit.load(folder)
+        assert same_bits(again.transformer, pipe.transformer) and same_bits(again.vae, pipe.vae)
+        assert same_bits(again.text_encoder, pipe.text_encoder)
+
+
+def test_groups_of_a_size(monkeypatch) -> None:
+    monkeypatch.setattr(weights.save, "MAX_SHARD", 10)
+    sizes = {"a": 4, "b": 6, "c": 1, "large": 25, "d": 3, "e": 0, "f": 7}
+    assert weights.save.split(sizes) == [["a", "b"], ["c"], ["large"], ["d", "e", "f"]]
+    assert weights.save.split({"large": 25, "a": 1}) == [["large"], ["a"]]
+    assert weights.save.split({"a": 1}) == [["a"]]
+
+
+PEAK = """
+import resource, sys
+import weights.save
+from weights.load import open_model
+peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+weights.save.MAX_SHARD = int(sys.argv[3])
+model = open_model(sys.argv[1])
+weights.save.build(model.parts["text_encoder_3"])
+before = peak()
+weights.save.convert(model, sys.argv[2])
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="measures with the resource module")
+def test_converting_needs_little_more_than_a_shard(tmp_path: Path) -> None:
+    config = replace(T5, vocab_size=4000, d_model=1024, d_ff=4096, num_layers=6)
+    write_config(tmp_path / "in" / "text_encoder_3", "t5", config)
+    shapes = {name: ["F16", *r.shape] for r in stored("t5", config) for name in r.names}
+    write_header(tmp_path / "in" / "text_encoder_3" / "model.safetensors", shapes)
+    shard = 2 * 10**7
+    command = [sys.executable, "-c", PEAK, str(tmp_path / "in"), str(tmp_path / "out"), str(shard)]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=True)
+    written = sum(file.stat().st_size for file in (tmp_path / "out").rglob("*.safetensors"))
+    assert written > 8 * shard and int(done.stdout) < 3 * shard

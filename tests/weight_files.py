@@ -131,7 +131,7 @@ def random_tensors(
         for name in recipe.names:
             tensors[name] = torch.randn(recipe.shape, generator=generator).to(dtype)
         if recipe.copy:
-            tensors[recipe.copy] = tensors[recipe.pieces[0].name].clone()
+            tensors[recipe.copy] = tensors[recipe.names[0]].clone()
     return tensors
 
 

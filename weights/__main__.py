@@ -7,8 +7,8 @@ import math
 import sys
 
 from weights.files import COMPONENTS
-from weights.load import find_model
-from weights.networks import FAMILIES, Model, Part, build
+from weights.load import open_model
+from weights.networks import Model, Part, build
 from weights.save import convert
 
 
@@ -27,10 +27,13 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("--no-t5", action="store_true", help="leave the T5 encoder out")
     write.add_argument("out", help="the folder to write, which must not exist")
     options = parser.parse_args(arguments)
+    look = options.command == "inspect"
     try:
-        if options.command == "inspect":
-            return inspect(options.path, not options.no_t5, options.extra)
-        model = find_model(options.path, not options.no_t5, options.extra)
+        model = open_model(options.path, not options.no_t5, options.extra, weights=not look)
+        if look:
+            lines, sound = describe(model)
+            print("\n".join(lines))
+            return 0 if sound else 1
         convert(model, options.out, report=print)
     except (ValueError, OSError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -44,38 +47,30 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def inspect(path: str, use_t5: bool, extra: list[str]) -> int:
-    """Print what a model is; 0 if all that is there is sound. Fetches no weights from the hub."""
-    lines, sound = describe(find_model(path, use_t5, extra, weights=False))
-    print("\n".join(lines))
-    return 0 if sound else 1
-
-
 def describe(model: Model) -> tuple[list[str], bool]:
     """What a model is, one line a component, and whether all its files are sound."""
-    family = FAMILIES.get(model.family or "")
+    family = model.family
     title = family.title if family else "not a whole model"
     if family and getattr(model.parts["transformer"].config, "qk_norm", None) == "rms_norm":
         title = "Stable Diffusion 3.5"
     lines, sound = [f"{model.where}: {title}, {model.layout}"], True
     for name in COMPONENTS:
+        said = [f"MISSING: {model.missing[name]}"] if name in model.missing else []
         if name in model.parts:
             text, fits = _describe_part(model.parts[name], name in model.missing)
+            said.insert(0, text)
             sound &= fits
         elif name in model.tokenizers:
-            text = f"in {model.tokenizers[name]}"
+            said.insert(0, f"in {model.tokenizers[name]}")
         elif name == "scheduler" and model.scheduler:
             config = model.scheduler
             shift = "by size" if config.use_dynamic_shifting else f"{config.shift:g}"
-            text = f"shift {shift}, {config.default_steps} steps of guidance "
-            text += f"{config.default_guidance:g} unless told otherwise"
-        elif name in model.missing:
-            text = ""
-        else:
-            continue
-        if name in model.missing:
-            text = f"{text}; MISSING: {model.missing[name]}".removeprefix("; ")
-        lines.append(f"  {name:15} {text}")
+            said.append(
+                f"shift {shift}, {config.default_steps} steps of guidance "
+                f"{config.default_guidance:g} unless told otherwise"
+            )
+        if said:
+            lines.append(f"  {name:15} {'; '.join(said)}")
     if family and not model.missing:
         lines.append("nothing is missing to run it" if sound else "it cannot run as it is")
     elif family:
@@ -84,24 +79,23 @@ def describe(model: Model) -> tuple[list[str], bool]:
 
 
 def _describe_part(part: Part, missing: bool) -> tuple[str, bool]:
+    """A network and its size, and whether its files fit it."""
     config = part.config
-    layers = getattr(config, "num_layers", None) or getattr(config, "num_hidden_layers", None)
-    if hasattr(config, "num_single_layers"):
-        layers = f"{layers} double and {config.num_single_layers} single"
-    for field in ("width", "hidden_size", "d_model"):
-        width = getattr(config, field, None)
-        if width:
-            break
-    size = f"{layers} layers of width {width}"
     if part.kind == "vae":
         size = f"{config.latent_channels} channels, widths {list(config.block_out_channels)}"
+    else:
+        layers = vars(config).get("num_layers") or config.num_hidden_layers
+        if hasattr(config, "num_single_layers"):
+            layers = f"{layers} double and {config.num_single_layers} single"
+        names = ("width", "hidden_size", "d_model")
+        width = next(getattr(config, name) for name in names if hasattr(config, name))
+        size = f"{layers} layers of width {width}"
+    if missing:  # there are no tensors to compare it with
+        return f"{part.kind}, {size}", True
     try:
-        # a missing part has a config, but no tensors to compare it with
-        module = None if missing else build(part)[0]
+        module, _ = build(part)
     except ValueError as error:
         return f"{part.kind}, {size}; UNSOUND: {error}", False
-    if module is None:
-        return f"{part.kind}, {size}", True
     values = sum(math.prod(tensor.shape) for tensor in module.state_dict().values())
     kinds = sorted({str(t.dtype).removeprefix("torch.") for t in part.stored.values()})
     stored = sum(t.size for t in part.stored.values())

@@ -6,6 +6,7 @@ official files' tensor lists, and the loaders of diffusers and of Stability AI, 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from minidit.clip import CLIPConfig, CLIPTextEncoder
@@ -13,97 +14,80 @@ from minidit.gemma import GemmaConfig, GemmaEncoder
 from minidit.t5 import T5Config, T5Encoder
 from minidit.vae import AutoencoderKL, VAEConfig
 from weights.files import Tensors, count, shape_of
-from weights.keymap import Conv1x1, Network, Same, Source, Stack, Table
+from weights.keymap import Network, Same, Source, Table
 
 
-def vae(config: VAEConfig, stored: Tensors | None = None) -> Table:
-    """The KL autoencoder: the diffusers layout, also of files from before its rename, and Stability
-    AI's, which counts the decoder's levels backwards.
-
-    Old diffusers files call the attention's matrices query, key, value and proj_attn, and some keep
-    them as 1x1 convolutions.
-    """
+def vae(config: VAEConfig, names: Collection[str] = ()) -> Table:
+    """The KL autoencoder: the diffusers layout, and Stability AI's, which counts the decoder's
+    levels backwards. Old diffusers files call the attention's matrices query, key, value and
+    proj_attn."""
     table: dict[str, Any] = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
 
     def resnet(ours: str, diffusers: str, original: str) -> None:
-        for part in ("norm1", "conv1", "norm2", "conv2"):
-            table[f"{ours}.{part}"] = (f"{diffusers}.{part}", f"{original}.{part}")
-        shortcuts = (f"{diffusers}.conv_shortcut", f"{original}.nin_shortcut")
-        table[f"{ours}.shortcut"] = shortcuts
+        table[f"{ours}.norm*"] = (f"{diffusers}.norm*", f"{original}.norm*")
+        table[f"{ours}.conv*"] = (f"{diffusers}.conv*", f"{original}.conv*")
+        table[f"{ours}.shortcut"] = (f"{diffusers}.conv_shortcut", f"{original}.nin_shortcut")
 
     for half in ("encoder", "decoder"):
         attn, mid = f"{half}.mid_block.attentions.0.", f"{half}.mid.attn_1."
-        old = attn + "query.weight" in (stored or {})
-        names = "query key value proj_attn" if old else "to_q to_k to_v to_out.0"
-        for ours, new, theirs in zip(
-            ("q", "k", "v", "out"), names.split(), ("q", "k", "v", "proj_out"), strict=True
-        ):
-            first = (stored or {}).get(f"{attn}{new}.weight")
-            source: Source = Conv1x1(attn + new) if first and len(first.shape) == 4 else attn + new
-            table[f"{half}.mid.attn.{ours}"] = (source, Conv1x1(mid + theirs))
-        table |= {
-            f"{half}.conv_in": f"{half}.conv_in",
-            f"{half}.mid.attn.norm": (attn + "group_norm", mid + "norm"),
-            f"{half}.norm_out": (f"{half}.conv_norm_out", f"{half}.norm_out"),
-            f"{half}.conv_out": f"{half}.conv_out",
-        }
+        old = attn + "query.weight" in names
+        new = "query key value proj_attn" if old else "to_q to_k to_v to_out.0"
+        for ours, name in zip(("q", "k", "v", "out"), new.split(), strict=True):
+            theirs = mid + ours.replace("out", "proj_out")
+            table[f"{half}.mid.attn.{ours}"] = (attn + name, theirs)
+        table[f"{half}.mid.attn.norm"] = (attn + "group_norm", mid + "norm")
         for i in (1, 2):
             new, theirs = f"{half}.mid_block.resnets.{i - 1}", f"{half}.mid.block_{i}"
             resnet(f"{half}.mid.resnet{i}", new, theirs)
+        table[f"{half}.conv_in"] = f"{half}.conv_in"
+        table[f"{half}.norm_out"] = (f"{half}.conv_norm_out", f"{half}.norm_out")
+        table[f"{half}.conv_out"] = f"{half}.conv_out"
+    down, sai_down = "encoder.down_blocks.*.", "encoder.down.*."
+    resnet("encoder.down.*.resnets.*", down + "resnets.*", sai_down + "block.*")
+    table["encoder.down.*.downsample"] = (
+        down + "downsamplers.0.conv",
+        sai_down + "downsample.conv",
+    )
     levels = len(config.block_out_channels)
     for i in range(levels):
-        down, up = f"encoder.down_blocks.{i}.", f"decoder.up_blocks.{i}."
-        sai_down, sai_up = f"encoder.down.{i}.", f"decoder.up.{levels - 1 - i}."
-        resnet(f"encoder.down.{i}.resnets.*", down + "resnets.*", sai_down + "block.*")
+        up, sai_up = f"decoder.up_blocks.{i}.", f"decoder.up.{levels - 1 - i}."
         resnet(f"decoder.up.{i}.resnets.*", up + "resnets.*", sai_up + "block.*")
-        table |= {
-            f"encoder.down.{i}.downsample": (
-                down + "downsamplers.0.conv",
-                sai_down + "downsample.conv",
-            ),
-            f"decoder.up.{i}.upsample": (up + "upsamplers.0.conv", sai_up + "upsample.conv"),
-        }
+        table[f"decoder.up.{i}.upsample"] = (up + "upsamplers.0.conv", sai_up + "upsample.conv")
     return table
 
 
-def clip(config: CLIPConfig, stored: Tensors | None = None) -> Table:
+def clip(config: CLIPConfig, names: Collection[str] = ()) -> Table:
     """CLIP with the names of transformers, which all published layouts share; without a projection
     (Stability AI's clip_l, FLUX) ours is the identity."""
     layer = "text_model.encoder.layers.*."
     return {
         "token_embed": "text_model.embeddings.token_embedding",
         "pos_embed": "text_model.embeddings.position_embedding",
-        "layers.*.norm1": layer + "layer_norm1",
-        "layers.*.attn.q": layer + "self_attn.q_proj",
-        "layers.*.attn.k": layer + "self_attn.k_proj",
-        "layers.*.attn.v": layer + "self_attn.v_proj",
+        "layers.*.norm*": layer + "layer_norm*",
+        "layers.*.attn.?": layer + "self_attn.?_proj",
         "layers.*.attn.out": layer + "self_attn.out_proj",
-        "layers.*.norm2": layer + "layer_norm2",
-        "layers.*.mlp.fc1": layer + "mlp.fc1",
-        "layers.*.mlp.fc2": layer + "mlp.fc2",
+        "layers.*.mlp.fc*": layer + "mlp.fc*",
         "final_norm": "text_model.final_layer_norm",
-        "projection": ("text_projection", Stack()),
+        "projection": ("text_projection", []),
     }
 
 
-def t5(config: T5Config, stored: Tensors | None = None) -> Table:
+def t5(config: T5Config, names: Collection[str] = ()) -> Table:
     """T5 encoder with the names of transformers, which all published layouts share.
 
     The embedding goes by one name or two: the diffusers folders have `shared`, the single files
     that and a copy.
     """
-    shared, copy = "shared", "encoder.embed_tokens"
-    embed: Source = shared
-    if stored is not None and copy + ".weight" in stored:
-        embed = Same(shared, copy) if shared + ".weight" in stored else copy
+    embed: Source = "shared"
+    if "encoder.embed_tokens.weight" in names:
+        both = "shared.weight" in names
+        embed = Same("shared", "encoder.embed_tokens") if both else "encoder.embed_tokens"
     attn, mlp = "encoder.block.*.layer.0.", "encoder.block.*.layer.1."
     return {
         "token_embed": embed,
         "relative_bias": "encoder.block.0.layer.0.SelfAttention.relative_attention_bias",
         "layers.*.norm1": attn + "layer_norm",
-        "layers.*.attn.q": attn + "SelfAttention.q",
-        "layers.*.attn.k": attn + "SelfAttention.k",
-        "layers.*.attn.v": attn + "SelfAttention.v",
+        "layers.*.attn.?": attn + "SelfAttention.?",
         "layers.*.attn.out": attn + "SelfAttention.o",
         "layers.*.norm2": mlp + "layer_norm",
         "layers.*.mlp.gate": mlp + "DenseReluDense.wi_0",
@@ -113,20 +97,18 @@ def t5(config: T5Config, stored: Tensors | None = None) -> Table:
     }
 
 
-def gemma(config: GemmaConfig, stored: Tensors | None = None) -> Table:
+def gemma(config: GemmaConfig, names: Collection[str] = ()) -> Table:
     """Gemma with the names of transformers: google's files put `model.` first, Lumina's do not.
 
     Gemma 2 calls a norm behind attention what Gemma calls the one before the MLP.
     """
-    model = "model." if stored is not None and "model.embed_tokens.weight" in stored else ""
+    model = "model." if "model.embed_tokens.weight" in names else ""
     layer = model + "layers.*."
     before_mlp = "pre_feedforward_layernorm" if config.second else "post_attention_layernorm"
     return {
         "token_embed": model + "embed_tokens",
         "layers.*.norm1": layer + "input_layernorm",
-        "layers.*.attn.q": layer + "self_attn.q_proj",
-        "layers.*.attn.k": layer + "self_attn.k_proj",
-        "layers.*.attn.v": layer + "self_attn.v_proj",
+        "layers.*.attn.?": layer + "self_attn.?_proj",
         "layers.*.attn.out": layer + "self_attn.o_proj",
         "layers.*.post_norm1": layer + "post_attention_layernorm",
         "layers.*.norm2": layer + before_mlp,
@@ -208,20 +190,16 @@ NETWORKS = {
         AutoencoderKL,
         VAEConfig,
         vae,
-        classes={"AutoencoderKL": "diffusers"},
+        classes=("AutoencoderKL",),
         sign="encoder.down.0.block.0.conv1.weight",
         sizes=vae_sizes,
+        convs=True,
     ),
     "clip": Network(
         CLIPTextEncoder,
         CLIPConfig,
         clip,
-        layouts=("diffusers", "unprojected"),
-        classes={
-            "CLIPTextModelWithProjection": "diffusers",
-            "CLIPTextModel": "unprojected",
-            "clip_text_model": "diffusers",
-        },
+        classes=("CLIPTextModelWithProjection", "CLIPTextModel", "clip_text_model"),
         extras={"model_type": "clip_text_model"},
         sign="text_model.embeddings.token_embedding.weight",
         sizes=clip_sizes,
@@ -231,7 +209,7 @@ NETWORKS = {
         T5Encoder,
         T5Config,
         t5,
-        classes={"T5EncoderModel": "diffusers", "t5": "diffusers"},
+        classes=("T5EncoderModel", "t5"),
         extras={"model_type": "t5", "is_encoder_decoder": False, "tie_word_embeddings": False},
         sign="encoder.final_layer_norm.weight",
         sizes=t5_sizes,
@@ -240,22 +218,11 @@ NETWORKS = {
         GemmaEncoder,
         GemmaConfig,
         gemma,
-        layouts=("diffusers",),
-        classes={"GemmaModel": "diffusers", "GemmaForCausalLM": "diffusers", "gemma": "diffusers"},
+        classes=("GemmaModel", "GemmaForCausalLM", "gemma"),
         extras={"model_type": "gemma"},
         ignore=("lm_head.weight",),  # the embedding once more
     ),
-    "gemma2": Network(
-        GemmaEncoder,
-        GemmaConfig,
-        gemma,
-        layouts=("diffusers",),
-        classes={
-            "Gemma2Model": "diffusers",
-            "Gemma2ForCausalLM": "diffusers",
-            "gemma2": "diffusers",
-        },
-        extras={"model_type": "gemma2"},
-        ignore=("lm_head.weight",),
-    ),
 }
+NETWORKS["gemma2"] = NETWORKS["gemma"]._replace(
+    classes=("Gemma2Model", "Gemma2ForCausalLM", "gemma2"), extras={"model_type": "gemma2"}
+)

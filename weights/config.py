@@ -9,21 +9,15 @@ from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from minidit.checks import short
-from weights.files import read_json
 
 C = TypeVar("C")
 
 
-def config_from_json(cls: type[C], path: str | Path) -> C:
-    """A config dataclass from a JSON file; keys without a field are ignored.
+def config_from(cls: type[C], values: Mapping[str, Any], path: Path) -> C:
+    """A config dataclass from what a JSON file holds; keys without a field are ignored.
 
-    Raises FileNotFoundError, or ValueError with the key and its value where a type does not fit.
+    Raises ValueError with the file, the key and its value where a type does not fit.
     """
-    return config_from(cls, read_json(Path(path)), path)
-
-
-def config_from(cls: type[C], values: Mapping[str, Any], path: str | Path) -> C:
-    """The same from values that were read from path."""
     hints = get_type_hints(cls)
     found = {}
     for field in fields(cls):  # type: ignore[arg-type]

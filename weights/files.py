@@ -34,6 +34,7 @@ COMPONENTS = (
     "scheduler",
 )
 T5_FILES = ("t5xxl_fp16.safetensors", "t5xxl.safetensors", "t5xxl_fp8_e4m3fn.safetensors")
+SCHEDULER = "FlowMatchEulerDiscreteScheduler"  # as model_index.json calls it
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -48,7 +49,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-CHUNK = 2**21  # bytes read at a time
+CHUNK = 2**20  # values read at a time
 MAX_JSON = 10**7  # bytes of a header, a config or a vocabulary; official ones are below 1.1 MB
 MAX_BRACKETS = 10**5  # of a JSON file; official ones have below 5,100
 MAX_DEPTH = 50  # of JSON; official files nest four deep
@@ -108,24 +109,21 @@ def read_header(path: Path) -> dict[str, Stored]:
     return tensors
 
 
-def read_rows(t: Stored, start: int, stop: int) -> Tensor:
-    """Rows start..stop of a stored tensor along its first dimension, as stored."""
+def read_rows(t: Stored, start: int, stop: int) -> Iterator[Tensor]:
+    """Rows start..stop of a stored tensor along its first dimension, as stored: a few megabytes at
+    a time, as many rows as of any other tensor of this shape."""
+    rows = max(1, CHUNK // max(1, math.prod(t.shape[1:])))
     if t.data is not None:
-        return t.data[start:stop]
-    row = t.size // t.shape[0]
-    buffer = bytearray((stop - start) * row)
+        yield from t.data[start:stop].split(rows)
+        return
+    width = t.size // t.shape[0]  # bytes of a row
     with open(t.file, "rb") as file:
-        file.seek(t.offset + start * row)
-        if file.readinto(buffer) != len(buffer):
-            raise ValueError(f"{t.file} ends before its tensors do: it changed while being read")
-    return torch.frombuffer(buffer, dtype=t.dtype).reshape(stop - start, *t.shape[1:])
-
-
-def row_chunks(t: Stored, start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """(first, last + 1) rows of pieces of about CHUNK bytes that cover start..stop."""
-    rows = max(1, CHUNK * t.shape[0] // max(1, t.size))
-    for first in range(start, stop, rows):
-        yield first, min(first + rows, stop)
+        file.seek(t.offset + start * width)
+        for first in range(start, stop, rows):
+            buffer = bytearray(min(rows, stop - first) * width)
+            if file.readinto(buffer) != len(buffer):
+                raise ValueError(f"{t.file} ends before its tensors do: it was changed meanwhile")
+            yield torch.frombuffer(buffer, dtype=t.dtype).reshape(-1, *t.shape[1:])
 
 
 def read_torch(path: Path) -> dict[str, Stored]:
@@ -182,12 +180,17 @@ def count(stored: Tensors, prefix: str) -> int:
     return len({name[len(prefix) :].split(".")[0] for name in stored if name.startswith(prefix)})
 
 
+def multiple_of(mlp: int, hidden: int, width: int) -> int:
+    """The largest number that rounding `hidden` up to a multiple of gives the width of the MLP."""
+    for multiple in (256, 128, 64, 32, 16, 8, 4, 2, 1):
+        if -(-hidden // multiple) * multiple == mlp:
+            return multiple
+    raise ValueError(f"the MLP is {mlp} wide, which does not follow from a width of {width}")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object; ValueError or FileNotFoundError says what is wrong."""
-    size = file_size(path)
-    if size > MAX_JSON:
-        raise ValueError(f"{path} has {size} bytes, a JSON file here has at most {MAX_JSON}")
-    data = path.read_bytes()
+    data = read_bytes(path, MAX_JSON)
     try:
         if data.count(b"{") + data.count(b"[") > MAX_BRACKETS:
             raise ValueError(f"more than {MAX_BRACKETS} lists and objects")
@@ -225,6 +228,14 @@ def file_size(path: Path) -> int:
     raise FileNotFoundError(f"there is no file {path}")
 
 
+def read_bytes(path: Path, most: int) -> bytes:
+    """All of a file; ValueError or FileNotFoundError if it is larger than `most` or not there."""
+    size = file_size(path)
+    if size > most:
+        raise ValueError(f"{path} has {size} bytes, a file of its kind has at most {most}")
+    return path.read_bytes()
+
+
 def weights_name(component: str) -> str:
     """What the weight files of a component folder are called, without their endings."""
     return "model" if component.startswith("text_encoder") else "diffusion_pytorch_model"
@@ -244,57 +255,52 @@ def find_tensors(folder: Path, name: str) -> dict[str, Stored]:
     for file in there:
         if match := form.fullmatch(file):
             variants.setdefault(match[1] or match[3] or "", []).append(file)
-    if variants:
-        variant, files = min(variants.items())
-        if f"{name}{variant}.safetensors" in files:
-            return read_header(folder / f"{name}{variant}.safetensors")
-        index = f"{name}.safetensors.index{variant}.json"
-        return _indexed(folder / index) if index in files else _unindexed(folder, files)
-    for file in there:
+    for file in there if not variants else ():
         if Path(file).suffix in (*FOREIGN, ".pth", ".pt"):
             raise FileNotFoundError(
                 f"{folder} has only {plain(file)}: convert it to safetensors or fetch the "
                 ".safetensors file"
             )
-    raise FileNotFoundError(f"there is no {name}.safetensors in {folder}")
+    if not variants:
+        raise FileNotFoundError(f"there is no {name}.safetensors in {folder}")
+    variant, files = min(variants.items())
+    whole, index = f"{name}{variant}.safetensors", f"{name}.safetensors.index{variant}.json"
+    if whole in files:
+        return read_header(folder / whole)
+    return _read_shards(folder, files, folder / index if index in files else None)
 
 
-def _indexed(path: Path) -> dict[str, Stored]:
-    """Sharded tensors, each from the shard where the index says it is."""
-    where = read_json(path).get("weight_map")
-    if not isinstance(where, dict) or not all(type(file) is str for file in where.values()):
-        raise ValueError(f"{path} has no weight_map of tensor names to file names")
-    for file in where.values():
-        if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", file):
-            raise ValueError(f"{path} names the shard {plain(file)}, which is no file name")
-    merged = _merge(path.parent, sorted(set(where.values())))
-    there = {name: tensor.file.name for name, tensor in merged.items()}
-    for name in sorted(where.keys() | there.keys()):
-        said, found = where.get(name, "no file"), there.get(name, "no file")
-        if said != found:
-            raise ValueError(f"{path} says that {plain(name)} is in {said}, but it is in {found}")
-    return merged
-
-
-def _unindexed(folder: Path, shards: list[str]) -> dict[str, Stored]:
-    """Shards 1..N as their own names count them."""
-    counts = sorted({int(shard.removesuffix(".safetensors").rsplit("-", 1)[1]) for shard in shards})
-    if counts != [len(shards)]:
-        raise FileNotFoundError(
-            f"{folder} has {len(shards)} of the {' or '.join(map(str, counts))} shards that their "
-            "names count: fetch the others"
-        )
-    return _merge(folder, shards)
-
-
-def _merge(folder: Path, shards: list[str]) -> dict[str, Stored]:
-    """The tensors of all shards together; none may be in two."""
-    merged: dict[str, Stored] = {}
+def _read_shards(folder: Path, shards: list[str], index: Path | None) -> dict[str, Stored]:
+    """The tensors of all shards together: each in one alone, the one that the index says. Without
+    an index the shards are those that their own names count."""
+    said: dict[str, str] = {}
+    if index is not None:
+        said = read_json(index).get("weight_map")
+        if not isinstance(said, dict) or not all(type(file) is str for file in said.values()):
+            raise ValueError(f"{index} has no weight_map of tensor names to file names")
+        shards = sorted(set(said.values()))
+    else:
+        counts = sorted({int(Path(shard).stem.rsplit("-", 1)[1]) for shard in shards})
+        if counts != [len(shards)]:
+            raise FileNotFoundError(
+                f"{folder} has {len(shards)} of the {' or '.join(map(str, counts))} shards that "
+                "their names count: fetch the others"
+            )
+    found: dict[str, Stored] = {}
     for shard in shards:
+        if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", shard):
+            raise ValueError(f"{index} names the shard {plain(shard)}, which is no file name")
         for name, tensor in read_header(folder / shard).items():
-            if merged.setdefault(name, tensor) is not tensor:
+            if found.setdefault(name, tensor) is not tensor:
                 raise ValueError(
-                    f"{plain(name)} is in two shards of {folder}: {merged[name].file.name} and "
+                    f"{plain(name)} is in two shards of {folder}: {found[name].file.name} and "
                     f"{shard}"
                 )
-    return merged
+    for name in sorted(said.keys() | found.keys()) if index else ():
+        place = found[name].file.name if name in found else "no file"
+        if said.get(name, "no file") != place:
+            raise ValueError(
+                f"{index} says that {plain(name)} is in {said.get(name, 'no file')}, but it is in "
+                f"{place}"
+            )
+    return found

@@ -5,13 +5,16 @@ Sources: the official files' tensor lists, Black Forest Labs' and diffusers' mod
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import Any
+
 from minidit.flux import Flux, FluxConfig
 from minidit.scheduler import SchedulerConfig
 from weights.files import T5_FILES, Tensors, count, shape_of
-from weights.keymap import Family, Network, Rows, Swap, Table, qkv
+from weights.keymap import Family, Network, Rows, Table, swap
 
 
-def flux(config: FluxConfig, stored: Tensors | None = None) -> Table:
+def flux(config: FluxConfig, names: Collection[str] = ()) -> Table:
     """The transformer: the diffusers layout, and that of Black Forest Labs.
 
     diffusers keeps q, k, v and the MLP of the single blocks apart, and the head's modulation as
@@ -20,8 +23,8 @@ def flux(config: FluxConfig, stored: Tensors | None = None) -> Table:
     embed, block = "time_text_embed.", "transformer_blocks.*."
     one, single = "single_transformer_blocks.*.", "single_blocks.*."
     image, text = "double_blocks.*.img_", "double_blocks.*.txt_"
-    linear1, C = single + "linear1", config.width  # q, k, v and MLP, 7C rows
-    return {
+    linear1 = single + "linear1"  # q, k, v and the MLP, which is four times as wide
+    table: dict[str, Any] = {
         "patch_embed": ("x_embedder", "img_in"),
         "context_embed": ("context_embedder", "txt_in"),
         "time_embed.fc1": (embed + "timestep_embedder.linear_1", "time_in.in_layer"),
@@ -31,46 +34,31 @@ def flux(config: FluxConfig, stored: Tensors | None = None) -> Table:
         "pooled_embed.fc1": (embed + "text_embedder.linear_1", "vector_in.in_layer"),
         "pooled_embed.fc2": (embed + "text_embedder.linear_2", "vector_in.out_layer"),
         "double_blocks.*.image.modulation": (block + "norm1.linear", image + "mod.lin"),
-        "double_blocks.*.image.attn.qkv": (qkv(block + "attn.to_?"), image + "attn.qkv"),
-        "double_blocks.*.image.attn.q_norm.weight": (
-            block + "attn.norm_q.weight",
-            image + "attn.norm.query_norm.scale",
-        ),
-        "double_blocks.*.image.attn.k_norm.weight": (
-            block + "attn.norm_k.weight",
-            image + "attn.norm.key_norm.scale",
-        ),
+        "double_blocks.*.image.attn.qkv": (block + "attn.to_?", image + "attn.qkv"),
         "double_blocks.*.image.attn.out": (block + "attn.to_out.0", image + "attn.proj"),
         "double_blocks.*.image.mlp.fc1": (block + "ff.net.0.proj", image + "mlp.0"),
         "double_blocks.*.image.mlp.fc2": (block + "ff.net.2", image + "mlp.2"),
         "double_blocks.*.context.modulation": (block + "norm1_context.linear", text + "mod.lin"),
-        "double_blocks.*.context.attn.qkv": (qkv(block + "attn.add_?_proj"), text + "attn.qkv"),
-        "double_blocks.*.context.attn.q_norm.weight": (
-            block + "attn.norm_added_q.weight",
-            text + "attn.norm.query_norm.scale",
-        ),
-        "double_blocks.*.context.attn.k_norm.weight": (
-            block + "attn.norm_added_k.weight",
-            text + "attn.norm.key_norm.scale",
-        ),
+        "double_blocks.*.context.attn.qkv": (block + "attn.add_?_proj", text + "attn.qkv"),
         "double_blocks.*.context.attn.out": (block + "attn.to_add_out", text + "attn.proj"),
         "double_blocks.*.context.mlp.fc1": (block + "ff_context.net.0.proj", text + "mlp.0"),
         "double_blocks.*.context.mlp.fc2": (block + "ff_context.net.2", text + "mlp.2"),
         "single_blocks.*.modulation": (one + "norm.linear", single + "modulation.lin"),
-        "single_blocks.*.attn.qkv": (qkv(one + "attn.to_?"), Rows(linear1, 0, 3 * C, 7 * C)),
-        "single_blocks.*.attn.q_norm.weight": (
-            one + "attn.norm_q.weight",
-            single + "norm.query_norm.scale",
-        ),
-        "single_blocks.*.attn.k_norm.weight": (
-            one + "attn.norm_k.weight",
-            single + "norm.key_norm.scale",
-        ),
-        "single_blocks.*.mlp": (one + "proj_mlp", Rows(linear1, 3 * C, 7 * C, 7 * C)),
+        "single_blocks.*.attn.qkv": (one + "attn.to_?", Rows(linear1, 0, 3, 7)),
+        "single_blocks.*.mlp": (one + "proj_mlp", Rows(linear1, 3, 7, 7)),
         "single_blocks.*.out": (one + "proj_out", single + "linear2"),
-        "final.modulation": (Swap("norm_out.linear"), "final_layer.adaLN_modulation.1"),
+        "final.modulation": (swap("norm_out.linear"), "final_layer.adaLN_modulation.1"),
         "final.linear": ("proj_out", "final_layer.linear"),
     }
+    for ours, norm, theirs in (
+        ("double_blocks.*.image", block + "attn.norm_", image + "attn.norm."),
+        ("double_blocks.*.context", block + "attn.norm_added_", text + "attn.norm."),
+        ("single_blocks.*", one + "attn.norm_", single + "norm."),
+    ):
+        for x, word in (("q", "query"), ("k", "key")):
+            scale = f"{theirs}{word}_norm.scale"
+            table[f"{ours}.attn.{x}_norm.weight"] = (f"{norm}{x}.weight", scale)
+    return table
 
 
 def flux_sizes(stored: Tensors) -> tuple[str, FluxConfig]:
@@ -101,17 +89,16 @@ def scheduler(config: FluxConfig, name: str) -> SchedulerConfig:
     return SchedulerConfig(spacing="even", default_steps=4, corrected_steps=4, default_guidance=1.0)
 
 
-NETWORKS = {
-    "flux": Network(
-        Flux,
-        FluxConfig,
-        flux,
-        classes={"FluxTransformer2DModel": "diffusers"},
-        sign="double_blocks.0.img_attn.qkv.weight",
-        sizes=flux_sizes,
-    ),
-}
+NETWORK = Network(
+    Flux,
+    FluxConfig,
+    flux,
+    classes=("FluxTransformer2DModel",),
+    sign="double_blocks.0.img_attn.qkv.weight",
+    sizes=flux_sizes,
+)
 FAMILY = Family(
+    name="flux",
     title="FLUX.1",
     pipeline="FluxPipeline",
     repo="black-forest-labs/FLUX.1-schnell",

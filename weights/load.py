@@ -15,33 +15,41 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from minidit import checks
 from minidit.checks import short
 from minidit.scheduler import SchedulerConfig
-from weights import lumina
+from weights import lumina, sd3
 from weights.common import is_clip_l
 from weights.config import config_from
-from weights.files import COMPONENTS, FOREIGN, plain, read_header, read_json, read_torch
+from weights.files import (
+    COMPONENTS,
+    FOREIGN,
+    SCHEDULER,
+    find_tensors,
+    plain,
+    read_header,
+    read_json,
+    read_torch,
+    weights_name,
+)
 from weights.keymap import Family
 from weights.networks import (
+    CLASSES,
     FAMILIES,
     Model,
     Part,
     build,
-    class_of,
     family_of,
     fill,
-    kinds,
+    kind_in,
     read_config,
-    read_part,
     sized_part,
 )
 from weights.resolve import resolve
 from weights.tokenizers import FILES, MAIN_FILE, check_fits, read_tokenizer
 
-Paths = Sequence[str | PathLike[str]]
+Place = str | PathLike[str]
 PREFIXES = (  # of the components in one file
     "model.diffusion_model.",
     "first_stage_model.",
@@ -50,25 +58,26 @@ PREFIXES = (  # of the components in one file
     "text_encoders.t5xxl.transformer.",
 )
 OURS = ("default_", "corrected_", "spacing")  # fields of SchedulerConfig that only we write
-SCHEDULER = "FlowMatchEulerDiscreteScheduler"
-SCHEDULER_OPTIONS = (  # that change the noise levels in ways unknown here
-    "use_karras_sigmas",
-    "use_exponential_sigmas",
-    "use_beta_sigmas",
-    "invert_sigmas",
-    "stochastic_sampling",
-    "shift_terminal",
-)
+FIXED = {  # options of the scheduler that are not for choosing here; False is off
+    "num_train_timesteps": 1000,
+    "time_shift_type": "exponential",
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "invert_sigmas": False,
+    "stochastic_sampling": False,
+    "shift_terminal": False,
+}
 
 
 def load_parts(
-    path: str | PathLike[str],
+    path: Place,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     use_t5: bool = True,
-    extra: Paths = (),
+    extra: Sequence[Place] = (),
 ) -> tuple[str, dict[str, Any]]:
-    """A whole model: its family, a key of FAMILIES, and its components by name.
+    """A whole model: the name of its family, and its components by name.
 
     path    folder, single file or hub id; see `weights.resolve`
     device  "meta" checks every name and shape of the files and reads no data
@@ -77,10 +86,10 @@ def load_parts(
     Raises ValueError or FileNotFoundError, before any data is read if a file is missing or unsound.
     """
     device, dtype = check_target(device, dtype)
-    model = find_model(path, use_t5, extra)
-    require(model)
+    model = open_model(path, use_t5, extra)
+    family = require(model)
     built = {name: build(part, device.type != "meta") for name, part in model.parts.items()}
-    loaded: dict[str, Any] = dict.fromkeys(FAMILIES[str(model.family)].optional)
+    loaded: dict[str, Any] = dict.fromkeys(family.optional)
     loaded["scheduler"] = model.scheduler
     for name, folder in model.tokenizers.items():
         loaded[name] = read_tokenizer(folder)
@@ -89,11 +98,11 @@ def load_parts(
             check_fits(loaded[name], encoder.config)
     for name, (module, plan) in built.items():
         loaded[name] = fill(module, plan, model.parts[name], device, dtype)
-    return str(model.family), loaded
+    return family.name, loaded
 
 
 def load_component(
-    path: str | PathLike[str],
+    path: Place,
     name: str,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -109,34 +118,22 @@ def load_component(
         raise KeyError(f"there is no component {name!r}, there are {', '.join(COMPONENTS)}")
     device, dtype = check_target(device, dtype)
     local = resolve(path, [name])
-    folder = local / name
-    if local.is_dir() and folder.is_dir():
-        if name == "scheduler":
-            return read_scheduler(folder, _fallback(local))
-        if not name.startswith("tokenizer"):
-            return load_module(read_part(folder, name), device, dtype)
-        return read_tokenizer(folder)
-    model = open_model(local)
+    if (local / name).is_dir():
+        model, beside = Model(local, ""), local / "transformer"
+        if name == "scheduler" and (beside / "config.json").is_file():  # tells the defaults
+            model.parts["transformer"] = read_config(beside, "transformer")
+        _look_in(local, model, name)
+    else:
+        model = open_model(local)
     if name in model.missing:
         raise FileNotFoundError(model.missing[name])
-    if name in model.parts:
-        return load_module(model.parts[name], device, dtype)
-    if name in model.tokenizers:
-        return read_tokenizer(model.tokenizers[name])
+    if part := model.parts.get(name):
+        return fill(*build(part, device.type != "meta"), part, device, dtype)
+    if folder := model.tokenizers.get(name):
+        return read_tokenizer(folder)
     if name == "scheduler" and model.scheduler:
         return model.scheduler
     raise FileNotFoundError(f"there is no {name} in {local}")
-
-
-def load_module(
-    part: Part, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-) -> nn.Module:
-    """The network of a part on a device, in eval mode and without gradients.
-
-    Raises ValueError if the files do not fit the network exactly, before any data is read.
-    """
-    device, dtype = check_target(device, dtype)
-    return fill(*build(part, device.type != "meta"), part, device, dtype)
 
 
 def check_target(
@@ -149,63 +146,60 @@ def check_target(
     return checks.device(device), dtype
 
 
-def find_model(
-    path: str | PathLike[str], use_t5: bool = True, extra: Paths = (), weights: bool = True
+def open_model(
+    path: Place, use_t5: bool = True, extra: Sequence[Place] = (), weights: bool = True
 ) -> Model:
-    """What is at a path or a hub id, see `open_model`; weights False leaves them on the hub."""
-    if not isinstance(extra, list | tuple):
-        raise ValueError(f"extra is {short(extra)}, must be a list of files or folders")
-    names = [name for name in COMPONENTS if use_t5 or name != "text_encoder_3"]
-    others = [resolve(place, names, weights) for place in extra]
-    return open_model(resolve(path, names, weights), use_t5, others)
+    """Find the parts of a model at a path or a hub id, from names and headers alone.
 
-
-def open_model(path: Path, use_t5: bool = True, extra: Sequence[Path] = ()) -> Model:
-    """Find the parts of a model in a local folder or file, from names and headers alone.
-
-    use_t5  False leaves T5's weights out of SD3
-    extra   more files or folders to look in for what is not beside the model
+    use_t5   False leaves T5's weights out of SD3
+    extra    more files or folders to look in for what is not beside the model
+    weights  False leaves them on the hub
     Raises FileNotFoundError or ValueError if there is nothing that can be understood; what is only
     missing is listed in the model.
     """
+    if not isinstance(extra, list | tuple):
+        raise ValueError(f"extra is {short(extra)}, must be a list of files or folders")
+    names = [name for name in COMPONENTS if use_t5 or name != "text_encoder_3"]
+    path, *others = (resolve(place, names, weights) for place in (path, *extra))
     if not path.is_file() and not path.is_dir():
         raise ValueError(f"{path} is neither a file nor a folder")
     file = path if path.is_file() else _one_file(path)
-    if file is None and extra:
-        raise ValueError(f"{path} is in the diffusers layout: {extra[0]} cannot be added to it")
+    if file is None and others:
+        raise ValueError(f"{path} is in the diffusers layout: {others[0]} cannot be added to it")
     model = Model(file or path, "single file" if file else "folder in the diffusers layout")
-    for place in [file, *extra]:
+    for place in [file, *others]:
         if place is not None and place.is_file():
             _add_file(model, place)
-    folders = [place for place in extra if place.is_dir()] + [file.parent if file else path]
-    listed = _listed(path) if file is None else None
-    for name in COMPONENTS:
-        if name == "text_encoder_3" and not use_t5:
-            model.parts.pop(name, None)
-        elif name not in model.parts and (model.family or not file):
+    if not use_t5:
+        model.parts.pop("text_encoder_3", None)
+    folders = [place for place in others if place.is_dir()] + [file.parent if file else path]
+    listed = None if file else _listed(path)
+    for name in names:
+        if name not in model.parts and (model.family or not file):
             _find(model, name, folders, listed)
-    if file:
+    if file and model.family:
         model.missing.pop("scheduler", None)
         model.scheduler = model.scheduler or default_scheduler(model)
     _check_together(model)
     return model
 
 
-def require(model: Model) -> None:
-    """Raise one FileNotFoundError that lists all that a model lacks to run, and where to get it."""
+def require(model: Model) -> Family:
+    """The family of a whole model; else one FileNotFoundError that lists all that it lacks to run,
+    and where to get it."""
     if model.family is None:
         if "transformer" in model.missing:
             raise FileNotFoundError(model.missing["transformer"])
         have = ", ".join([*model.parts, *model.tokenizers]) or "no component"
         raise FileNotFoundError(f"{model.where} has no transformer, only {have}")
     if not model.missing:
-        return
+        return model.family
     lacks = "; ".join(f"{name} ({why})" for name, why in model.missing.items())
     message = f"{model.where} cannot run yet, it lacks {lacks}"
     if model.where.is_file():
         what = " ".join(f"'{name}/*'" for name in model.missing)
         message += (
-            f"; one way to get them: hf download {FAMILIES[model.family].repo} --include {what} "
+            f"; one way to get them: hf download {model.family.repo} --include {what} "
             f"--exclude '*.fp16*' --local-dir {model.where.parent}"
         )
     raise FileNotFoundError(message)
@@ -216,20 +210,19 @@ def _find(model: Model, name: str, folders: list[Path], listed: list[str] | None
 
     listed are the components that a folder in the diffusers layout should have.
     """
-    family = FAMILIES.get(model.family or "")
-    known = family is None or name in family.components or name == "scheduler"
+    family = model.family
+    known = [*family.components, "scheduler"] if family else COMPONENTS
     try:
-        look = known if listed is None else name in listed
-        if look and any(_look_in(folder, model, name, family) for folder in folders):
+        look = name in (known if listed is None else listed)
+        if look and any(_look_in(folder, model, name) for folder in folders):
             return
+        needed = family is not None and name in known and name not in family.optional
+        if name == "tokenizer_3":  # T5 is optional, but not without its tokenizer
+            needed = needed or "text_encoder_3" in model.parts
+        if needed or name in (listed or ()):
+            raise FileNotFoundError(_what_to_add(model, name))
     except FileNotFoundError as error:
         model.missing[name] = str(error)
-        return
-    needed = family is not None and known and name not in family.optional
-    if name == "tokenizer_3":  # T5 is optional, but not without its tokenizer
-        needed = needed or "text_encoder_3" in model.parts
-    if needed or name in (listed or ()):
-        model.missing[name] = _what_to_add(name, model, family)
 
 
 def _listed(folder: Path) -> list[str]:
@@ -255,7 +248,7 @@ def _one_file(folder: Path) -> Path | None:
     names = sorted(p.name for p in folder.iterdir() if p.suffix == ".safetensors")
     if names and (folder / "config.json").is_file():
         raise ValueError(f"{folder} is one component: give the folder that it is in")
-    others = {n for family in FAMILIES.values() for files in family.beside.values() for n in files}
+    others = {n for family in FAMILIES for files in family.beside.values() for n in files}
     models = [name for name in names if name not in others] or names
     if len(models) > 1:
         raise ValueError(f"{folder} has several models, name one: {', '.join(map(plain, models))}")
@@ -275,26 +268,24 @@ def read_parts(path: Path) -> list[Part]:
         what = FOREIGN[path.suffix]
         raise ValueError(f"{path} is {what}: use the model's .safetensors file instead")
     stored = read_torch(path) if path.suffix in (".pth", ".pt") else read_header(path)
-    if not any(name.startswith(PREFIXES) for name in stored):
-        return [sized_part(stored, str(path))]
     shares: dict[str, dict[str, Any]] = {}
     for key, tensor in stored.items():
-        prefix = next((prefix for prefix in PREFIXES if key.startswith(prefix)), None)
-        if prefix is None:
-            raise ValueError(
-                f"{path} has the tensor {plain(key)}, which belongs to no known component"
-            )
+        prefix = next(filter(key.startswith, PREFIXES), "")
         shares.setdefault(prefix, {})[key.removeprefix(prefix)] = tensor
+    if not shares.keys() - {""}:
+        return [sized_part(stored, str(path))]
+    if "" in shares:
+        key = plain(next(iter(shares[""])))
+        raise ValueError(f"{path} has the tensor {key}, which belongs to no known component")
     return [sized_part(share, f"{path} ({prefix}*)") for prefix, share in shares.items()]
 
 
 def _add_file(model: Model, path: Path, only: str | None = None) -> None:
     """Add the networks of a file to a model; `only` is the component that it must hold."""
-    parts = read_parts(path)
     # the transformer first: what the others are depends on the family
-    for part in sorted(parts, key=lambda part: part.kind not in kinds("transformer")):
-        family = FAMILIES[model.family or family_of(part.kind) or "sd3"]
-        names = [n for n, cls in family.components.items() if class_of(cls)[0] == part.kind]
+    for part in sorted(read_parts(path), key=lambda part: family_of(part.kind) is None):
+        family = model.family or family_of(part.kind) or sd3.FAMILY
+        names = [name for name in family.components if kind_in(family, name) == part.kind]
         if len(names) > 1:  # SD3's CLIPs
             names = names[:1] if is_clip_l(part.stored) else names[1:]
         if not names:
@@ -307,33 +298,32 @@ def _add_file(model: Model, path: Path, only: str | None = None) -> None:
         model.parts[names[0]] = part
 
 
-def _look_in(folder: Path, model: Model, name: str, family: Family | None) -> bool:
+def _look_in(folder: Path, model: Model, name: str) -> bool:
     """Add a component that a folder has to a model; FileNotFoundError if it has a part of it."""
-    here = folder / name
+    here, family = folder / name, model.family
     if not here.is_dir():
-        places = (folder, folder / "text_encoders")
-        files = [
-            p / file for file in (family.beside if family else {}).get(name, ()) for p in places
-        ]
-        for file in [file for file in files if file.is_file()][:1]:
-            _add_file(model, file, only=name)
-        return name in model.parts
+        for file in family.beside.get(name, ()) if family else ():
+            for path in (folder / file, folder / "text_encoders" / file):
+                if path.is_file():
+                    _add_file(model, path, only=name)
+                    return True
+        return False
     if name == "scheduler":
-        fallback = default_scheduler(model) if family else SchedulerConfig()
-        model.scheduler = read_scheduler(here, fallback)
+        model.scheduler = read_scheduler(here, default_scheduler(model))
     elif name.startswith("tokenizer"):
         main = MAIN_FILE.get(family.components.get(name, "") if family else "")
         if not any((here / file).is_file() for file in ([main] if main else FILES)):
             raise FileNotFoundError(f"there is no {main or ' or '.join(FILES)} in {here}")
         model.tokenizers[name] = here
     else:
-        model.parts[name] = read_config(here, name)
-        model.parts[name] = read_part(here, name)
+        part = model.parts[name] = read_config(here, name)  # stays where the weights are missing
+        model.parts[name] = part._replace(stored=find_tensors(here, weights_name(name)))
     return True
 
 
-def _what_to_add(name: str, model: Model, family: Family | None) -> str:
+def _what_to_add(model: Model, name: str) -> str:
     """What would bring a component that is missing."""
+    family = model.family
     if family is None or not model.where.is_file():
         return f"there is no folder {name} in {model.where}"
     what = f"a folder {name}"
@@ -355,55 +345,41 @@ def read_scheduler(folder: Path, fallback: SchedulerConfig) -> SchedulerConfig:
     kind = values.get("_class_name", SCHEDULER)
     if kind != SCHEDULER:
         raise ValueError(f"{path} is for {short(kind)}, must be for {SCHEDULER}")
-    known = {field.name for field in fields(SchedulerConfig)}
-    for option in SCHEDULER_OPTIONS:
-        if values.get(option):
-            raise ValueError(f"{path}: {option} is {short(values[option])}, must be off")
-    kind = values.get("time_shift_type", "exponential")
-    if kind != "exponential":
-        raise ValueError(f"{path}: time_shift_type is {short(kind)}, must be 'exponential'")
-    times = values.get("num_train_timesteps", 1000)
-    if times != 1000:
-        raise ValueError(f"{path}: num_train_timesteps is {short(times)}, must be 1000")
+    for option, fixed in FIXED.items():
+        value = values.get(option, fixed)
+        if value != fixed and (value or fixed):
+            allowed = repr(fixed) if fixed else "off"
+            raise ValueError(f"{path}: {option} is {short(value)}, must be {allowed}")
     config = config_from(SchedulerConfig, values, path)
-    ours = [name for name in known - set(values) if name.startswith(OURS)]
+    ours = [f.name for f in fields(config) if f.name.startswith(OURS) and f.name not in values]
     return replace(config, **{name: getattr(fallback, name) for name in ours})
 
 
-def _fallback(folder: Path) -> SchedulerConfig:
-    """What a scheduler's file leaves open, by the transformer beside it if there is one."""
-    beside = folder / "transformer"
-    if not (beside / "config.json").is_file():
-        return SchedulerConfig()
-    part = read_config(beside, "transformer")
-    return default_scheduler(Model(folder, "", {"transformer": part})) or SchedulerConfig()
-
-
-def default_scheduler(model: Model) -> SchedulerConfig | None:
-    """What to sample with where no file says it; None without a transformer."""
+def default_scheduler(model: Model) -> SchedulerConfig:
+    """What to sample with where no file says it."""
     if model.family is None:
-        return None
+        return SchedulerConfig()
     where = model.where
     cached = where.parent.name == "snapshots"  # in the hub's cache the folder is a commit
     name = (where.parent.parent if cached else where).name
-    return FAMILIES[model.family].scheduler(model.parts["transformer"].config, name)
+    return model.family.scheduler(model.parts["transformer"].config, name)
 
 
 def _check_together(model: Model) -> None:
     """Complete what files without a config leave open, and raise ValueError where parts are of
     different models: their kinds and widths must meet."""
-    if model.family is None:
+    family = model.family
+    if family is None:
         if any(part.layout == "original" and part.kind == "vae" for part in model.parts.values()):
             raise ValueError(
                 f"{model.where} is a VAE alone, which does not say its scale: name the model"
             )
         return
-    family = FAMILIES[model.family]
     for name in [*model.parts, *model.tokenizers]:
         if name not in family.components:
             raise ValueError(f"{model.where} has a {name}, which {family.title} has not")
     for name, part in model.parts.items():
-        kind, layout = class_of(family.components[name])
+        kind, layout = CLASSES[family.components[name]]
         if part.kind != kind:
             raise ValueError(
                 f"{model.where}: its {name} is a {part.kind}, but its transformer needs a {kind}"
@@ -421,8 +397,8 @@ def _check_together(model: Model) -> None:
             width = sum(getattr(model.parts[name].config, source) for name, source in sources)
             wanted = getattr(model.parts["transformer"].config, field)
             if width != wanted:
+                names = " with ".join(name for name, _ in sources)
                 raise ValueError(
-                    f"{model.where}: the transformer's {field} is {wanted}, but "
-                    f"{' with '.join(name for name, _ in sources)} gives {width}: they are not "
-                    "parts of one model"
+                    f"{model.where}: the transformer's {field} is {wanted}, but {names} gives "
+                    f"{width}: they are not parts of one model"
                 )

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from minidit.checks import short
 from minidit.nextdit import NextDiT, NextDiTConfig
 from minidit.scheduler import SchedulerConfig
-from weights.files import Stored, Tensors, count, read_namespace, shape_of
+from weights.files import Stored, Tensors, count, multiple_of, read_namespace, shape_of
 from weights.keymap import Family, Network, Same, Source, Table
 
 # Lumina-T2X's files, best first; the averaged weights are what its own script samples with
 FILES = tuple(
     f"consolidated{ema}.00-of-01.{end}" for ema in ("_ema", "") for end in ("safetensors", "pth")
 )
-MULTIPLES = (256, 128, 64, 32, 16, 8, 4, 2, 1)  # that the width of the MLP may be rounded up to
 
 
-def nextdit(config: NextDiTConfig, stored: Tensors | None = None) -> Table:
+def nextdit(config: NextDiTConfig, names: Collection[str] = ()) -> Table:
     """Next-DiT: the diffusers layout, and that of Lumina-T2X.
 
     diffusers stores the one query of a layer twice, for both of its attentions.
     """
-    layer = "layers.*."
+    embed, layer = "time_caption_embed.", "layers.*."
     attn, attn1, attn2 = layer + "attention.", layer + "attn1.", layer + "attn2."
 
     def query(name: str) -> Source:
@@ -31,31 +31,24 @@ def nextdit(config: NextDiTConfig, stored: Tensors | None = None) -> Table:
     return {
         "patch_embed": ("patch_embedder.proj", "x_embedder"),
         "pad_token": "pad_token",
-        "time_embed.fc1": ("time_caption_embed.timestep_embedder.linear_1", "t_embedder.mlp.0"),
-        "time_embed.fc2": ("time_caption_embed.timestep_embedder.linear_2", "t_embedder.mlp.2"),
-        "caption_embed.norm": ("time_caption_embed.caption_embedder.0", "cap_embedder.0"),
-        "caption_embed.linear": ("time_caption_embed.caption_embedder.1", "cap_embedder.1"),
+        "time_embed.fc1": (embed + "timestep_embedder.linear_1", "t_embedder.mlp.0"),
+        "time_embed.fc2": (embed + "timestep_embedder.linear_2", "t_embedder.mlp.2"),
+        "caption_embed.norm": (embed + "caption_embedder.0", "cap_embedder.0"),
+        "caption_embed.linear": (embed + "caption_embedder.1", "cap_embedder.1"),
         "blocks.*.modulation": (layer + "norm1.linear", layer + "adaLN_modulation.1"),
         "blocks.*.attn_norm1": (layer + "norm1.norm", layer + "attention_norm1"),
         "blocks.*.attn_norm2": (layer + "norm2", layer + "attention_norm2"),
-        "blocks.*.ffn_norm1": layer + "ffn_norm1",
-        "blocks.*.ffn_norm2": layer + "ffn_norm2",
+        "blocks.*.ffn_norm*": layer + "ffn_norm*",
         "blocks.*.context_norm": (layer + "norm1_context", layer + "attention_y_norm"),
         "blocks.*.attn.q": (query("to_q"), attn + "wq"),
-        "blocks.*.attn.k": (attn1 + "to_k", attn + "wk"),
-        "blocks.*.attn.v": (attn1 + "to_v", attn + "wv"),
+        "blocks.*.attn.?": (attn1 + "to_?", attn + "w?"),
         "blocks.*.attn.q_norm": (query("norm_q"), attn + "q_norm"),
         "blocks.*.attn.k_norm": (attn1 + "norm_k", attn + "k_norm"),
-        "blocks.*.attn.context_q": attn2 + "to_q",
-        "blocks.*.attn.context_q_norm": attn2 + "norm_q",
-        "blocks.*.attn.context_k": (attn2 + "to_k", attn + "wk_y"),
-        "blocks.*.attn.context_v": (attn2 + "to_v", attn + "wv_y"),
-        "blocks.*.attn.context_k_norm": (attn2 + "norm_k", attn + "ky_norm"),
+        "blocks.*.attn.context_?": (attn2 + "to_?", attn + "w?_y"),
+        "blocks.*.attn.context_?_norm": (attn2 + "norm_?", attn + "?y_norm"),
         "blocks.*.attn.gate": (layer + "gate", attn + "gate"),
         "blocks.*.attn.out": (attn2 + "to_out.0", attn + "wo"),
-        "blocks.*.mlp.w1": (layer + "feed_forward.linear_1", layer + "feed_forward.w1"),
-        "blocks.*.mlp.w2": (layer + "feed_forward.linear_2", layer + "feed_forward.w2"),
-        "blocks.*.mlp.w3": (layer + "feed_forward.linear_3", layer + "feed_forward.w3"),
+        "blocks.*.mlp.w*": (layer + "feed_forward.linear_*", layer + "feed_forward.w*"),
         "final.modulation": ("norm_out.linear_1", "final_layer.adaLN_modulation.1"),
         "final.linear": ("norm_out.linear_2", "final_layer.linear"),
     }
@@ -68,10 +61,6 @@ def nextdit_sizes(stored: Tensors) -> tuple[str, NextDiTConfig]:
     keys = shape_of(stored, "layers.0.attention.wk.weight", 2)[0]
     mlp = shape_of(stored, "layers.0.feed_forward.w1.weight", 2)[0]
     patch = 2  # as in every published model
-    # the MLP is 2/3 of 4 widths, rounded up to a multiple of this
-    multiples = [m for m in MULTIPLES if -(-int(8 * width / 3) // m) * m == mlp]
-    if not multiples:
-        raise ValueError(f"the MLP is {mlp} wide, which does not follow from a width of {width}")
     return "original", NextDiTConfig(
         sample_size=image_size(stored["x_embedder.weight"]) // 8,
         patch_size=patch,
@@ -80,7 +69,7 @@ def nextdit_sizes(stored: Tensors) -> tuple[str, NextDiTConfig]:
         num_layers=count(stored, "layers."),
         num_attention_heads=heads,
         num_kv_heads=max(1, keys * heads // width),
-        multiple_of=multiples[0],
+        multiple_of=multiple_of(mlp, int(8 * width / 3), width),  # 2/3 of 4 widths
         ffn_dim_multiplier=None,
         norm_eps=1e-5,
         learn_sigma=shape_of(stored, "final_layer.linear.weight", 2)[0] > patch_values,
@@ -99,22 +88,16 @@ def image_size(tensor: Stored) -> int:
     return size
 
 
-def scheduler(config: NextDiTConfig, name: str) -> SchedulerConfig:
-    """What to sample with where no file says it."""
-    return SchedulerConfig(shift=1.0, default_steps=30, default_guidance=4.0)
-
-
-NETWORKS = {
-    "nextdit": Network(
-        NextDiT,
-        NextDiTConfig,
-        nextdit,
-        classes={"LuminaNextDiT2DModel": "diffusers"},
-        sign="layers.0.attention.wq.weight",
-        sizes=nextdit_sizes,
-    ),
-}
+NETWORK = Network(
+    NextDiT,
+    NextDiTConfig,
+    nextdit,
+    classes=("LuminaNextDiT2DModel",),
+    sign="layers.0.attention.wq.weight",
+    sizes=nextdit_sizes,
+)
 FAMILY = Family(
+    name="lumina",
     title="Lumina-Next",
     pipeline="LuminaPipeline",
     repo="Alpha-VLLM/Lumina-Next-SFT-diffusers",
@@ -128,5 +111,7 @@ FAMILY = Family(
         "in_channels": [("vae", "latent_channels")],
         "cross_attention_dim": [("text_encoder", "hidden_size")],
     },
-    scheduler=scheduler,
+    scheduler=lambda config, name: SchedulerConfig(
+        shift=1.0, default_steps=30, default_guidance=4.0
+    ),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,35 +16,21 @@ from minidit.checks import reason, short
 from minidit.scheduler import SchedulerConfig
 from weights import common, flux, lumina, lumina2, sd3
 from weights.config import config_from
-from weights.files import (
-    Tensors,
-    find_tensors,
-    plain,
-    read_json,
-    read_rows,
-    row_chunks,
-    weights_name,
-)
-from weights.keymap import Network, Recipe, recipes
+from weights.files import Tensors, plain, read_json, read_rows
+from weights.keymap import Family, Network, Recipe, recipes
 
-FAMILIES = {
-    "sd3": sd3.FAMILY,
-    "lumina": lumina.FAMILY,
-    "flux": flux.FAMILY,
-    "lumina2": lumina2.FAMILY,
-}
-NETWORKS: dict[str, Network] = {
-    **common.NETWORKS,
-    **sd3.NETWORKS,
-    **lumina.NETWORKS,
-    **flux.NETWORKS,
-    **lumina2.NETWORKS,
+FAMILIES = (sd3.FAMILY, lumina.FAMILY, flux.FAMILY, lumina2.FAMILY)
+NETWORKS: dict[str, Network] = common.NETWORKS | {
+    "mmdit": sd3.NETWORK,
+    "nextdit": lumina.NETWORK,
+    "flux": flux.NETWORK,
+    "lumina2": lumina2.NETWORK,
 }
 # what config.json and model_index.json call a network -> which, in which layout
 CLASSES = {
-    name: (kind, layout)
+    name: (kind, "unprojected" if name == "CLIPTextModel" else "diffusers")
     for kind, network in NETWORKS.items()
-    for name, layout in network.classes.items()
+    for name in network.classes
 }
 
 
@@ -74,50 +60,38 @@ class Model:
     missing: dict[str, str] = field(default_factory=dict)  # component -> one sentence
 
     @property
-    def family(self) -> str | None:
-        """A key of FAMILIES; None where there is no transformer to tell."""
+    def family(self) -> Family | None:
+        """None where there is no transformer to tell."""
         return family_of(self.parts["transformer"].kind) if "transformer" in self.parts else None
 
 
-def class_of(name: str) -> tuple[str, str]:
-    """Kind and layout of a network's class in the official libraries; "" twice for others."""
-    return CLASSES.get(name, ("", ""))
+def kind_in(family: Family, component: str) -> str:
+    """The network that a component is in a family; "" for no network."""
+    return CLASSES.get(family.components.get(component, ""), ("", ""))[0]
 
 
-def kinds(component: str) -> set[str]:
-    """The networks that can fill a component, in any family."""
-    return {class_of(family.components.get(component, ""))[0] for family in FAMILIES.values()}
-
-
-def family_of(kind: str) -> str | None:
-    """The family whose transformer is of this kind, a key of FAMILIES; None for other networks."""
-    kinds = {class_of(f.components["transformer"])[0]: name for name, f in FAMILIES.items()}
-    return kinds.get(kind)
-
-
-def read_part(folder: Path, component: str) -> Part:
-    """A component folder of the diffusers layout: its config.json and the headers of its files.
-
-    Raises FileNotFoundError or ValueError.
-    """
-    part = read_config(folder, component)
-    return part._replace(stored=find_tensors(folder, weights_name(component)))
+def family_of(kind: str) -> Family | None:
+    """The family whose transformer is of this kind; None for other networks."""
+    return next((f for f in FAMILIES if kind_in(f, "transformer") == kind), None)
 
 
 def read_config(folder: Path, component: str) -> Part:
-    """The same without its files: what config.json says."""
+    """A component folder of the diffusers layout: what its config.json says, without its tensors.
+
+    Raises FileNotFoundError or ValueError.
+    """
     path = folder / "config.json"
     values = read_json(path)
-    architectures = values.get("architectures")
-    names = [*architectures] if isinstance(architectures, list) else []
-    names = [values.get("_class_name"), *names, values.get("model_type")]
-    known = next((CLASSES[n] for n in names if isinstance(n, str) and n in CLASSES), None)
-    possible = kinds(component)
-    if known is None or known[0] not in possible:
-        said = next((n for n in names if n is not None), None)
-        allowed = ", ".join(n for n, (kind, _) in CLASSES.items() if kind in possible)
-        raise ValueError(f"{path} is for {short(said)}, must be for one of {allowed}")
-    kind, layout = known
+    listed = values.get("architectures")
+    names = [values.get("_class_name"), *(listed if isinstance(listed, list) else [])]
+    names = [n for n in (*names, values.get("model_type")) if n is not None]
+    kinds = {kind_in(family, component) for family in FAMILIES}
+    possible = {n: known for n, known in CLASSES.items() if known[0] in kinds}
+    name = next((n for n in names if isinstance(n, str) and n in CLASSES), "")
+    if name not in possible:
+        said = short(names[0] if names else None)
+        raise ValueError(f"{path} is for {said}, must be for one of {', '.join(possible)}")
+    kind, layout = possible[name]
     config: Any = config_from(NETWORKS[kind].config, values, path)
     if layout == "unprojected":
         config = replace(config, projection_dim=config.hidden_size)
@@ -151,63 +125,75 @@ class NoInit(TorchFunctionMode):
 
 
 def build(part: Part, compare: bool = False) -> tuple[nn.Module, dict[str, Recipe]]:
-    """The network on the meta device, and what to read into it: checked against the headers.
+    """The network on the meta device, in the types that are stored, and what to read into it:
+    checked against the headers.
 
     compare  look into the data whether tensors that should be copies of others are
     Raises ValueError if the files do not fit the network exactly.
     """
-    network, config = NETWORKS[part.kind], part.config
+    network, config, stored = NETWORKS[part.kind], part.config, part.stored
     name = network.module.__name__
     values = {f.name: getattr(config, f.name) for f in fields(config)}
     numbers = [n for field, n in values.items() if "layers" in field and type(n) is int]
     depth = math.prod(numbers) * len(values.get("block_out_channels", "1"))
-    if depth > len(part.stored):  # before they are all built
+    if depth > len(stored):  # before they are all built
         raise ValueError(
             f"{part.where}: the config makes {depth} layers, but the files have only "
-            f"{len(part.stored)} tensors"
+            f"{len(stored)} tensors"
         )
     try:
         with torch.device("meta"), NoInit():
             module = network.module(config).eval().requires_grad_(False)
     except (RuntimeError, TypeError, OverflowError) as error:
         raise ValueError(f"{part.where}: its sizes make no {name}: {reason(error)}") from None
-    plan = plan_of(part.kind, part.layout, module, part.stored)
-    _check(plan, part.stored, network.ignore, f"{part.where} does not fit {name}")
-    for recipe in plan.values():
-        if compare and not _copied(recipe, part.stored):
-            if part.kind == "nextdit":
-                return build(part._replace(config=replace(config, two_queries=True)))
-            one, other = recipe.names
-            raise ValueError(f"{part.where}: {one} and {other} must be the same and are not")
+    plan = plan_of(part.kind, part.layout, module, stored)
+    _check(plan, stored, network, f"{part.where} does not fit {name}")
+    copies = [recipe for recipe in plan.values() if recipe.copy and compare]
+    different = next((recipe for recipe in copies if not _copied(recipe, stored)), None)
+    if different and part.kind == "nextdit":
+        return build(part._replace(config=replace(config, two_queries=True)))
+    if different:
+        names = " and ".join(different.names)
+        raise ValueError(f"{part.where}: {names} must be the same and are not")
+    widest = max((t.dtype for t in stored.values()), key=lambda dtype: dtype.itemsize)
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        dtypes = {stored[n].dtype for n in plan[name].names}
+        tensor.data = tensor.data.to(dtypes.pop() if len(dtypes) == 1 else widest)
     return module, plan
 
 
 def plan_of(
-    kind: str, layout: str, module: nn.Module, stored: Tensors | None = None
+    kind: str, layout: str, module: nn.Module, names: Collection[str] = ()
 ) -> dict[str, Recipe]:
-    """What every tensor of a module is in files of a layout."""
-    network = NETWORKS[kind]
+    """What every tensor of a module is in files of a layout, or in one that has these names."""
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    table = network.table(module.config, stored)
-    return recipes(table, network.layouts.index(layout), shapes)
+    table = NETWORKS[kind].table(module.config, names)
+    return recipes(table, int(layout != "diffusers"), shapes)
 
 
-def _check(plan: Mapping[str, Recipe], stored: Tensors, ignore: tuple[str, ...], what: str) -> None:
+def _check(plan: Mapping[str, Recipe], stored: Tensors, network: Network, what: str) -> None:
     """Raise one ValueError that lists missing, unexpected, mis-shaped and non-float tensors."""
+
+    def fits(found: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+        conv = network.convs and len(shape) == 2 and found == (*shape, 1, 1)
+        return found == shape or conv
+
     wanted = {name: recipe.shape for recipe in plan.values() for name in recipe.names}
-    faults: dict[str, list[str]] = {
+    there = {name: shape for name, shape in wanted.items() if name in stored}
+    faults = {
         "missing": [name for name in wanted if name not in stored],
-        "unexpected": [plain(n) for n in stored if n not in wanted and n not in ignore],
-        "of another shape": [],
-        "not floating point": [],
+        "unexpected": [plain(n) for n in stored if n not in wanted and n not in network.ignore],
+        "of another shape": [
+            f"{name} is {list(stored[name].shape)} and must be {list(shape)}"
+            for name, shape in there.items()
+            if not fits(stored[name].shape, shape)
+        ],
+        "not floating point": [
+            f"{name} is {stored[name].dtype}"
+            for name in there
+            if not stored[name].dtype.is_floating_point
+        ],
     }
-    for name in [name for name in wanted if name in stored]:
-        shape, dtype = stored[name].shape, stored[name].dtype
-        if shape != wanted[name]:
-            said = f"{name} is {list(shape)} and must be {list(wanted[name])}"
-            faults["of another shape"].append(said)
-        if not dtype.is_floating_point:
-            faults["not floating point"].append(f"{name} is {dtype}")
     said = [
         f"{len(names)} tensors {fault} ({', '.join([*names[:10], *(['...'] * (len(names) > 10))])})"
         for fault, names in faults.items()
@@ -218,13 +204,12 @@ def _check(plan: Mapping[str, Recipe], stored: Tensors, ignore: tuple[str, ...],
 
 
 def _copied(recipe: Recipe, stored: Tensors) -> bool:
-    """Whether the file holds the same numbers in the copy of a tensor, if there is one."""
-    for name, start, stop in recipe.pieces if recipe.copy else ():
-        for rows in row_chunks(stored[name], start, stop):
-            one, other = (read_rows(stored[n], *rows).float() for n in recipe.names)
-            if not torch.allclose(one, other, rtol=0, atol=0, equal_nan=True):
-                return False
-    return True
+    """Whether the file holds the same numbers in a tensor and in its copy."""
+    both = (read_rows(stored[name], 0, recipe.shape[0]) for name in recipe.names)
+    return all(
+        torch.allclose(one.float(), other.float(), rtol=0, atol=0, equal_nan=True)
+        for one, other in zip(*both, strict=True)
+    )
 
 
 def fill(
@@ -232,17 +217,14 @@ def fill(
     plan: Mapping[str, Recipe],
     part: Part,
     device: torch.device,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype,
 ) -> nn.Module:
     """The module that `build` made of a part, with the part's data on a device.
 
     It is read a few megabytes at a time and converted on the way, so that loading needs the
-    module's own size and little more. dtype None keeps what is stored.
+    module's own size and little more.
     """
-    widest = max((t.dtype for t in part.stored.values()), key=lambda dtype: dtype.itemsize)
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        found = {part.stored[n].dtype for n in plan[name].names} if name in plan else set()
-        tensor.data = tensor.data.to(dtype or (found.pop() if len(found) == 1 else widest))
+    module.to(dtype)
     if device.type == "meta":
         return module
     try:
@@ -254,19 +236,20 @@ def fill(
             f"smaller dtype, or keep parts off the device with offload ({reason(error)})"
         ) from None
     for name, tensor in module.state_dict().items():
-        _read_into(tensor, plan[name], part.stored)
+        read_into(tensor, plan[name], part.stored)
     return module
 
 
-def _read_into(out: Tensor, recipe: Recipe, stored: Tensors) -> None:
+def read_into(out: Tensor, recipe: Recipe, stored: Tensors) -> Tensor:
+    """A tensor of ours, with the data that its recipe names."""
     if not recipe.pieces:
         out.copy_(torch.eye(*out.shape))
     at = 0
     for name, start, stop in recipe.pieces:
-        for first, last in row_chunks(stored[name], start, stop):
-            rows = read_rows(stored[name], first, last)
+        for rows in read_rows(stored[name], start, stop):
             if not out.is_cpu:  # convert here: not every device knows every stored type
                 rows = rows.to(out.dtype)
-            target = out[at : at + last - first]
+            target = out[at : at + len(rows)]
             target.copy_(rows.reshape(target.shape))
-            at += last - first
+            at += len(rows)
+    return out

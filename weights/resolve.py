@@ -13,10 +13,16 @@ from collections.abc import Sequence
 from os import PathLike, fspath
 from pathlib import Path
 
+from minidit.checks import reason
 from weights.files import COMPONENTS, FOREIGN, weights_name
 from weights.tokenizers import FILES
 
 PACKAGED = ("mini-sd3", "mini-lumina")
+SMALL_FILES = (  # of any component
+    "config.json",
+    "scheduler_config.json",
+    *sorted({file for main, others in FILES.items() for file in (main, *others)}),
+)
 
 
 def resolve(
@@ -54,13 +60,14 @@ def resolve(
 
 def fetch(repo: str, names: Sequence[str], weights: bool = True) -> Path:
     """The needed files of a hub repository, as a local folder."""
-    small = ["model_index.json", *(pattern for name in names for pattern in _small_files(name))]
+    small = ["model_index.json", *(f"{name}/{file}" for name in names for file in SMALL_FILES)]
     networks = [n for n in names if not n.startswith(("tokenizer", "scheduler")) and weights]
-    folder = _download(repo, [*small, *(p for name in networks for p in _weights(name, ""))])
-    for variant in ("fp16", "bf16"):
-        bare = [n for n in networks if (folder / n).is_dir() and not _has_weights(folder / n)]
+    folder = _download(repo, [*small, *_weights(networks)])
+    for variant in (".fp16", ".bf16"):
+        there = [name for name in networks if (folder / name).is_dir()]
+        bare = [name for name in there if not any((folder / name).glob("*.safetensors"))]
         if bare:
-            folder = _download(repo, [p for name in bare for p in _weights(name, "." + variant)])
+            folder = _download(repo, _weights(bare, variant))
     if not any((folder / name).exists() for name in ("model_index.json", *names)):
         raise FileNotFoundError(
             f"{repo} on the hub has no component folders such as {names[0]}: download the single "
@@ -72,37 +79,23 @@ def fetch(repo: str, names: Sequence[str], weights: bool = True) -> Path:
     return folder
 
 
-def _small_files(name: str) -> list[str]:
-    if name == "scheduler":
-        return [f"{name}/scheduler_config.json"]
-    if not name.startswith("tokenizer"):
-        return [f"{name}/config.json"]
-    files = {file for main, others in FILES.items() for file in (main, *others)}
-    return [f"{name}/{file}" for file in sorted(files)]
-
-
-def _weights(name: str, variant: str) -> list[str]:
-    """Patterns of the weight files of a component, in one variant ("" or such as ".fp16")."""
-    file = f"{name}/{weights_name(name)}"
+def _weights(names: Sequence[str], variant: str = "") -> list[str]:
+    """Patterns of the weight files of components, in one variant ("" or such as ".fp16")."""
     return [
-        f"{file}{variant}.safetensors",
-        f"{file}.safetensors.index{variant}.json",
-        f"{file}{variant}-*-of-*.safetensors",
+        f"{name}/{weights_name(name)}{ending}"
+        for name in names
+        for ending in (
+            f"{variant}.safetensors",
+            f".safetensors.index{variant}.json",
+            f"{variant}-*-of-*.safetensors",
+        )
     ]
-
-
-def _has_weights(folder: Path) -> bool:
-    return any(path.suffix == ".safetensors" for path in folder.iterdir())
 
 
 def _download(repo: str, patterns: list[str]) -> Path:
     """snapshot_download, with one sentence for everything that can go wrong with it."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import (
-        GatedRepoError,
-        HFValidationError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub.utils import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     try:
         return Path(snapshot_download(repo, allow_patterns=patterns))
@@ -125,9 +118,8 @@ def _download(repo: str, patterns: list[str]) -> Path:
                 "this again, the download goes on where it stopped"
             )
         else:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             why = (
                 "the hub cannot be reached and not all of it is in the cache: connect and run this "
-                f"again, a broken download goes on where it stopped ({reason:.200})"
+                f"again, a broken download goes on where it stopped ({reason(error)})"
             )
     raise FileNotFoundError(f"cannot fetch {repo}: {why}")

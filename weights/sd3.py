@@ -3,55 +3,54 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 from minidit.mmdit import MMDiT, MMDiTConfig
 from minidit.scheduler import SchedulerConfig
 from weights.files import T5_FILES, Tensors, count, shape_of
-from weights.keymap import Family, Network, Swap, Table, qkv
+from weights.keymap import Family, Network, Table, swap
 
 
-def mmdit(config: MMDiTConfig, stored: Tensors | None = None) -> Table:
+def mmdit(config: MMDiTConfig, names: Collection[str] = ()) -> Table:
     """MMDiT: the diffusers layout, and that of Stability AI, which ours follows.
 
     diffusers keeps q, k and v apart, and the two-chunk modulations (the last text stream's and the
     head's) as scale, shift where Stability AI has shift, scale.
     """
-    block, last = "transformer_blocks.*.", config.num_layers - 1
+    embed, block, last = "time_text_embed.", "transformer_blocks.*.", config.num_layers - 1
     image, context = "joint_blocks.*.x_block.", "joint_blocks.*.context_block."
+    modulation = "context_block.adaLN_modulation.1"
     return {
         "pos_embed": ("pos_embed.pos_embed", "pos_embed"),
         "patch_embed": ("pos_embed.proj", "x_embedder.proj"),
-        "time_embed.fc1": ("time_text_embed.timestep_embedder.linear_1", "t_embedder.mlp.0"),
-        "time_embed.fc2": ("time_text_embed.timestep_embedder.linear_2", "t_embedder.mlp.2"),
-        "pooled_embed.fc1": ("time_text_embed.text_embedder.linear_1", "y_embedder.mlp.0"),
-        "pooled_embed.fc2": ("time_text_embed.text_embedder.linear_2", "y_embedder.mlp.2"),
+        "time_embed.fc1": (embed + "timestep_embedder.linear_1", "t_embedder.mlp.0"),
+        "time_embed.fc2": (embed + "timestep_embedder.linear_2", "t_embedder.mlp.2"),
+        "pooled_embed.fc1": (embed + "text_embedder.linear_1", "y_embedder.mlp.0"),
+        "pooled_embed.fc2": (embed + "text_embedder.linear_2", "y_embedder.mlp.2"),
         "context_embed": "context_embedder",
         "blocks.*.image.modulation": (block + "norm1.linear", image + "adaLN_modulation.1"),
-        "blocks.*.image.attn.qkv": (qkv(block + "attn.to_?"), image + "attn.qkv"),
-        "blocks.*.image.attn.q_norm": (block + "attn.norm_q", image + "attn.ln_q"),
-        "blocks.*.image.attn.k_norm": (block + "attn.norm_k", image + "attn.ln_k"),
+        "blocks.*.image.attn.qkv": (block + "attn.to_?", image + "attn.qkv"),
+        "blocks.*.image.attn.?_norm": (block + "attn.norm_?", image + "attn.ln_?"),
         "blocks.*.image.attn.out": (block + "attn.to_out.0", image + "attn.proj"),
-        "blocks.*.image.attn2.qkv": (qkv(block + "attn2.to_?"), image + "attn2.qkv"),
-        "blocks.*.image.attn2.q_norm": (block + "attn2.norm_q", image + "attn2.ln_q"),
-        "blocks.*.image.attn2.k_norm": (block + "attn2.norm_k", image + "attn2.ln_k"),
+        "blocks.*.image.attn2.qkv": (block + "attn2.to_?", image + "attn2.qkv"),
+        "blocks.*.image.attn2.?_norm": (block + "attn2.norm_?", image + "attn2.ln_?"),
         "blocks.*.image.attn2.out": (block + "attn2.to_out.0", image + "attn2.proj"),
         "blocks.*.image.mlp.fc1": (block + "ff.net.0.proj", image + "mlp.fc1"),
         "blocks.*.image.mlp.fc2": (block + "ff.net.2", image + "mlp.fc2"),
         f"blocks.{last}.context.modulation": (
-            Swap(f"transformer_blocks.{last}.norm1_context.linear"),
-            f"joint_blocks.{last}.context_block.adaLN_modulation.1",
+            swap(f"transformer_blocks.{last}.norm1_context.linear"),
+            f"joint_blocks.{last}.{modulation}",
         ),
         "blocks.*.context.modulation": (
             block + "norm1_context.linear",
-            context + "adaLN_modulation.1",
+            "joint_blocks.*." + modulation,
         ),
-        "blocks.*.context.attn.qkv": (qkv(block + "attn.add_?_proj"), context + "attn.qkv"),
-        "blocks.*.context.attn.q_norm": (block + "attn.norm_added_q", context + "attn.ln_q"),
-        "blocks.*.context.attn.k_norm": (block + "attn.norm_added_k", context + "attn.ln_k"),
+        "blocks.*.context.attn.qkv": (block + "attn.add_?_proj", context + "attn.qkv"),
+        "blocks.*.context.attn.?_norm": (block + "attn.norm_added_?", context + "attn.ln_?"),
         "blocks.*.context.attn.out": (block + "attn.to_add_out", context + "attn.proj"),
         "blocks.*.context.mlp.fc1": (block + "ff_context.net.0.proj", context + "mlp.fc1"),
         "blocks.*.context.mlp.fc2": (block + "ff_context.net.2", context + "mlp.fc2"),
-        "final.modulation": (Swap("norm_out.linear"), "final_layer.adaLN_modulation.1"),
+        "final.modulation": (swap("norm_out.linear"), "final_layer.adaLN_modulation.1"),
         "final.linear": ("proj_out", "final_layer.linear"),
     }
 
@@ -93,17 +92,16 @@ def scheduler(config: MMDiTConfig, name: str) -> SchedulerConfig:
     return SchedulerConfig(shift=3.0, default_steps=28, default_guidance=7.0)
 
 
-NETWORKS = {
-    "mmdit": Network(
-        MMDiT,
-        MMDiTConfig,
-        mmdit,
-        classes={"SD3Transformer2DModel": "diffusers"},
-        sign="joint_blocks.0.x_block.attn.qkv.weight",
-        sizes=mmdit_sizes,
-    ),
-}
+NETWORK = Network(
+    MMDiT,
+    MMDiTConfig,
+    mmdit,
+    classes=("SD3Transformer2DModel",),
+    sign="joint_blocks.0.x_block.attn.qkv.weight",
+    sizes=mmdit_sizes,
+)
 FAMILY = Family(
+    name="sd3",
     title="Stable Diffusion 3",
     pipeline="StableDiffusion3Pipeline",
     repo="stabilityai/stable-diffusion-3-medium-diffusers",

@@ -9,22 +9,32 @@ from sentencepiece import SentencePieceProcessor
 
 from minidit.checks import short
 from minidit.tokenizers import CLIPTokenizer, SentencePieceTokenizer
-from weights.files import file_size, read_json
+from weights.files import read_bytes, read_json
 
-# the main file, which tells the kind -> what else is read
-FILES = {
-    "vocab.json": ("merges.txt", "tokenizer_config.json", "special_tokens_map.json"),
-    "spiece.model": ("tokenizer_config.json", "special_tokens_map.json"),
-    "tokenizer.model": ("tokenizer_config.json", "special_tokens_map.json"),
+SMALL = ("tokenizer_config.json", "special_tokens_map.json")
+FILES = {  # the main file, which tells the kind -> what else is read
+    "vocab.json": ("merges.txt", *SMALL),
+    "spiece.model": SMALL,
+    "tokenizer.model": SMALL,
 }
 MAIN_FILE = {  # of the classes that model_index.json names
     "CLIPTokenizer": "vocab.json",
     "T5TokenizerFast": "spiece.model",
     "GemmaTokenizerFast": "tokenizer.model",
 }
+T5 = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+T5_ENDS = {"add_bos_token": False, "add_eos_token": True, "padding_side": "right"}
+GEMMA = {  # what the official class takes where its config does not say
+    "bos_token": "<bos>",
+    "eos_token": "<eos>",
+    "unk_token": "<unk>",
+    "pad_token": "<pad>",
+    "add_bos_token": True,
+    "add_eos_token": False,
+    "padding_side": "left",
+}
 MAX_BYTES = 10**8  # of a SentencePiece model or a list of merges; official ones have 4 MB
 NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
-Added = list[tuple[int, str, dict[str, Any]]]
 
 
 def read_tokenizer(folder: Path) -> CLIPTokenizer | SentencePieceTokenizer:
@@ -34,13 +44,12 @@ def read_tokenizer(folder: Path) -> CLIPTokenizer | SentencePieceTokenizer:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no tokenizer folder {folder}")
-    main = next(file for file in [*FILES, ""] if not file or (folder / file).is_file())
-    if not main:
+    main = next((folder / file for file in FILES if (folder / file).is_file()), None)
+    if main is None:
         raise FileNotFoundError(f"there is no {' or '.join(FILES)} in {folder}")
     config = _config(folder)
-    read = {"vocab.json": _clip, "spiece.model": _t5, "tokenizer.model": _gemma}[main]
     try:
-        tokenizer = read(folder, config)
+        tokenizer = (_clip if main.suffix == ".json" else _sentencepiece)(main, config)
     except (ValueError, OverflowError) as error:
         raise ValueError(f"{folder}: {error}") from None
     tokenizer.folder = folder
@@ -66,12 +75,13 @@ def check_fits(tokenizer: CLIPTokenizer | SentencePieceTokenizer, encoder: Any) 
         )
 
 
-def _clip(folder: Path, config: dict[str, Any]) -> CLIPTokenizer:
+def _clip(path: Path, config: dict[str, Any]) -> CLIPTokenizer:
+    """CLIP's, from its vocab.json and the merges.txt beside it."""
     added = _added_tokens(config)
     names = {name.removesuffix("_token"): config[name] for name in NAMES if name in config}
     return CLIPTokenizer(
-        _vocab(folder / "vocab.json"),
-        _merges(folder / "merges.txt"),
+        _vocab(path),
+        _merges(path.with_name("merges.txt")),
         **names,
         special={name: id for id, name, about in added if not about.get("normalized")},
         special_lower={name.lower(): id for id, name, about in added if about.get("normalized")},
@@ -79,35 +89,37 @@ def _clip(folder: Path, config: dict[str, Any]) -> CLIPTokenizer:
     )
 
 
-def _t5(folder: Path, config: dict[str, Any]) -> SentencePieceTokenizer:
-    config = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"} | config
-    model = _sentencepiece(folder / "spiece.model")
-    special = _special_tokens(model, config)
-    if "added_tokens_decoder" not in config:
-        extra, first = config.get("extra_ids", 100), model.get_piece_size()
+def _sentencepiece(path: Path, config: dict[str, Any]) -> SentencePieceTokenizer:
+    """T5's, from its spiece.model, or Gemma's, from its tokenizer.model."""
+    t5 = path.name == "spiece.model"
+    config = T5 | config | T5_ENDS if t5 else GEMMA | config
+    model = SentencePieceProcessor()
+    try:
+        model.LoadFromSerializedProto(read_bytes(path, MAX_BYTES))
+    except RuntimeError:
+        raise ValueError(f"{path.name} is not a SentencePiece model") from None
+    size, added = model.get_piece_size(), _added_tokens(config)
+    special = {name: id for id, name, about in added if about.get("special") or id >= size}
+    for key in NAMES:
+        name = config.get(key)
+        if name is None or name in special:
+            continue
+        special[name] = model.piece_to_id(name)  # that of <unk> if there is no such piece
+        if model.id_to_piece(special[name]) != name:
+            raise ValueError(f"the model has no piece for {key} {short(name)}")
+    if t5 and "added_tokens_decoder" not in config:
+        extra = config.get("extra_ids", 100)
         if type(extra) is not int or not 0 <= extra < 10**4:
             raise ValueError(f"extra_ids is {short(extra)}, must be an integer from 0 to 9999")
-        special |= {f"<extra_id_{extra - 1 - i}>": first + i for i in range(extra)}
+        special |= {f"<extra_id_{extra - 1 - i}>": size + i for i in range(extra)}
     return SentencePieceTokenizer(
         model,
         special,
         pad=config["pad_token"],
-        end=config["eos_token"],
-        model_max_length=_model_max_length(config),
-    )
-
-
-def _gemma(folder: Path, config: dict[str, Any]) -> SentencePieceTokenizer:
-    config = {name: f"<{name.removesuffix('_token')}>" for name in NAMES} | config
-    model = _sentencepiece(folder / "tokenizer.model")
-    return SentencePieceTokenizer(
-        model,
-        _special_tokens(model, config),
-        pad=config["pad_token"],
-        start=config["bos_token"] if config.get("add_bos_token", True) else None,
-        end=config["eos_token"] if config.get("add_eos_token", False) else None,
-        padding_side=config.get("padding_side", "left"),
-        pad_to=8,
+        start=config["bos_token"] if config["add_bos_token"] else None,
+        end=config["eos_token"] if config["add_eos_token"] else None,
+        padding_side=config["padding_side"],
+        pad_to=None if t5 else 8,
         model_max_length=_model_max_length(config),
     )
 
@@ -127,7 +139,7 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _added_tokens(config: dict[str, Any]) -> Added:
+def _added_tokens(config: dict[str, Any]) -> list[tuple[int, str, dict[str, Any]]]:
     """A config's added_tokens_decoder as a list of id, token, and all that is said about it."""
     try:
         added = config.get("added_tokens_decoder", {}).items()
@@ -142,9 +154,7 @@ def _added_tokens(config: dict[str, Any]) -> Added:
 
 def _model_max_length(config: dict[str, Any]) -> int | None:
     """The config's limit; files write 1e30 for none."""
-    limit = config.get("model_max_length")
-    if limit is None:
-        return None
+    limit = config.get("model_max_length", 1e30)
     if type(limit) not in (int, float) or not limit >= 2:
         raise ValueError(f"model_max_length is {short(limit)}, must be a number of at least 2")
     return int(limit) if limit < 1e9 else None
@@ -157,14 +167,15 @@ def _vocab(path: Path) -> dict[str, int]:
             raise ValueError(
                 f"vocab.json: the id of {short(piece)} is {short(id)}, must be a number from 0 on"
             )
-    if len(set(vocab.values())) < len(vocab):
-        raise ValueError(f"vocab.json: {len(vocab)} pieces share {len(set(vocab.values()))} ids")
+    ids = len(set(vocab.values()))
+    if ids < len(vocab):
+        raise ValueError(f"vocab.json: {len(vocab)} pieces share {ids} ids")
     return vocab
 
 
 def _merges(path: Path) -> list[tuple[str, str]]:
     try:
-        lines = _bytes(path).decode().splitlines()
+        lines = read_bytes(path, MAX_BYTES).decode().splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"merges.txt is not UTF-8 text: {error}") from None
     merges = []
@@ -177,34 +188,3 @@ def _merges(path: Path) -> list[tuple[str, str]]:
     if not merges:
         raise ValueError("merges.txt has no merges")
     return merges
-
-
-def _sentencepiece(path: Path) -> SentencePieceProcessor:
-    model = SentencePieceProcessor()
-    try:
-        model.LoadFromSerializedProto(_bytes(path))
-    except RuntimeError:
-        raise ValueError(f"{path.name} is not a SentencePiece model") from None
-    return model
-
-
-def _special_tokens(model: SentencePieceProcessor, config: dict[str, Any]) -> dict[str, int]:
-    """Special tokens of a SentencePiece tokenizer, token -> id: the named and the added ones."""
-    size = model.get_piece_size()
-    added = _added_tokens(config)
-    special = {name: id for id, name, about in added if about.get("special") or id >= size}
-    for key in NAMES:
-        name = config.get(key)
-        if name is None or name in special:
-            continue
-        special[name] = model.piece_to_id(name)  # that of <unk> if there is no such piece
-        if model.id_to_piece(special[name]) != name:
-            raise ValueError(f"the model has no piece for {key} {short(name)}")
-    return special
-
-
-def _bytes(path: Path) -> bytes:
-    size = file_size(path)
-    if size > MAX_BYTES:
-        raise ValueError(f"{path.name} has {size} bytes, must have at most {MAX_BYTES}")
-    return path.read_bytes()
