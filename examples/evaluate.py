@@ -22,8 +22,9 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -31,6 +32,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import minidit
+import rivals
 from cli import DTYPES, at_least, read_lines, run
 from pictures import check_writable
 from ras import RASConfig, Upstream
@@ -52,23 +54,31 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to draw."""
+    """One way to draw.
+
+    rule   what makes `ras=` of `ras` and of the drawing: see rivals.py
+    fresh  a bound: active tokens attend to fresh keys and values of all tokens
+    """
 
     steps: int
     solver: str = "corrected"
     ras: RASConfig | Upstream | None = None
+    rule: Callable | None = None
+    fresh: bool = False
 
 
-DEFAULT, PAPER = RASConfig.preset("default"), RASConfig.preset("paper")
-STEPS = (6, 8, 10, 12, 14, 18)  # of the corrected solver
-RATIOS = (0.125, 0.25, 0.5, 0.75)  # of the paper and of the official code, which take 28 steps
+DEFAULT, PAPER = RASConfig.preset("default"), replace(RASConfig.preset("paper"), fall=0.2)
+STEPS = (4, 6, 8, 10, 12, 14, 18)  # of the corrected solver
+RATIOS = (0.125, 0.25, 0.5, 0.75, 0.9)  # of the paper and of the official code, in 28 steps
 OFFICIAL = Upstream(scheduler_end_step=28, error_reset_steps=(12, 20))
 MENDED = replace(OFFICIAL, starvation_scale=-OFFICIAL.starvation_scale)
+NONE = {"ratio": 1e-6}  # steps are left out: a single token is as good as none
 
 
-def regional(**changes) -> list[Setting]:
+def regional(rule: Callable | None = None, fresh: bool = False, **changes) -> list[Setting]:
     """The corrected solver with the default preset, changed, at every number of steps."""
-    return [Setting(steps, ras=replace(DEFAULT, **changes)) for steps in STEPS]
+    config = replace(DEFAULT, **changes)
+    return [Setting(steps, ras=config, rule=rule, fresh=fresh) for steps in STEPS]
 
 
 def ratios(config: RASConfig | Upstream) -> list[Setting]:
@@ -76,27 +86,68 @@ def ratios(config: RASConfig | Upstream) -> list[Setting]:
     return [Setting(28, "euler", config.with_ratio(ratio)) for ratio in RATIOS]
 
 
+def refreshes(rule: Callable | None, **changes) -> list[Setting]:
+    """28 Euler steps, of which the first three are dense and some more."""
+    configs = (RASConfig(start=3, end=None, refresh=n, **changes) for n in (1, 3, 5, 9, 12))
+    return [Setting(28, "euler", config, rule) for config in configs]
+
+
 METHODS: dict[str, list[Setting]] = {
-    "official Euler": [Setting(steps, "euler") for steps in (8, 12, 18, 28)],
-    "corrected": [Setting(steps) for steps in STEPS],
+    "official Euler": [Setting(steps, "euler") for steps in (6, 8, 12, 18, 28)],
+    "corrected": [Setting(steps) for steps in (*STEPS, 28)],
     "ours": regional(),
+    "ours by ratio": [Setting(12, ras=DEFAULT.with_ratio(ratio)) for ratio in RATIOS],
     "ours, random tokens": regional(score="random"),
-    "ours, steps left out": regional(ratio=1e-6),  # a single token is as good as none
-    "paper": ratios(replace(PAPER, fall=0.2)),
-    "paper, random tokens": ratios(replace(PAPER, fall=0.2, score="random", starvation=0.0)),
+    "ours, steps left out": regional(**NONE),
+    "ours, fewer tokens late": regional(fall=0.8),
+    "ours, more tokens late": regional(fall=-0.8),
+    "ours, chosen once": regional(rivals.Once),
+    "ours, oracle's tokens": regional(rivals.Oracle),
+    "ours, fresh keys": regional(fresh=True),
+    "ours, oracle's tokens, fresh keys": regional(rivals.Oracle, fresh=True),
+    "paper": ratios(PAPER),
+    "paper, random tokens": ratios(replace(PAPER, score="random", starvation=0.0)),
+    "paper by refreshes": [
+        Setting(28, "euler", replace(PAPER, ratio=0.25, refresh=n)) for n in (0, 1, 2, 5, 10)
+    ],
     "official RAS": ratios(OFFICIAL),
     "official RAS, sign mended": ratios(MENDED),
+}
+RIVALS = {
+    "hold": None,  # the plan of the others, and nothing else
+    "TeaCache": rivals.tea_cache,
+    "MagCache": rivals.mag_cache,
+    "MagCache, scaled": rivals.Scaled,
+    "TaylorSeer, line": rivals.line,
+    "TaylorSeer, parabola": rivals.parabola,
+}
+TOKENS = {
+    "": NONE,
+    ", regions": {"ratio": 0.25},
+    ", random tokens": {"ratio": 0.25, "score": "random"},
+}
+METHODS |= {
+    name + suffix: refreshes(rule, **tokens)
+    for name, rule in RIVALS.items()
+    for suffix, tokens in TOKENS.items()
 }
 
 
 # ---------------------------------------------------------------- measuring
 
 
-def draw(pipe, setting: Setting, prompts: list[str], seed: int, size: int | None):
+def draw(
+    pipe, setting: Setting, prompts: list[str], seed: int, size: int | None, calibrate=None
+) -> tuple[torch.Tensor, float]:
     """Latents (B, C, h, w) of a setting, from the noise of the seed, and evaluations a picture."""
+    how, config = {"steps": setting.steps, "solver": setting.solver}, setting.ras
+    if setting.rule is not None:
+        drawing = rivals.Drawing(pipe, prompts, seed, **how, size=size, calibrate=calibrate)
+        config = setting.rule(config, drawing)
+    if setting.fresh:
+        pipe = replace(pipe, transformer=rivals.FreshKeys(pipe.transformer))
     out = pipe(
-        prompts, steps=setting.steps, solver=setting.solver, ras=setting.ras, seed=seed,
-        height=size, width=size, output="latent",
+        prompts, **how, ras=config, seed=seed, height=size, width=size, output="latent"
     )  # fmt: skip
     return out.latents, setting.steps * (out.trace.share if out.trace else 1)
 
@@ -122,7 +173,9 @@ def snr(latents: torch.Tensor, exact: torch.Tensor) -> list[float]:
 
 
 def measure(pipe, args: argparse.Namespace, seed: int, done: dict[tuple, dict], file) -> None:
-    """Add a row for every method, cost and prompt of a seed that is not there yet."""
+    """Add a row for every method, cost and prompt of a seed that is not there yet.
+    Rules are calibrated on the first two prompts, seed 0."""
+    calibrate = cache(partial(rivals.dense_path, pipe, args.prompts[:2], 0, size=args.size))
     for name in args.methods:
         for index, setting in enumerate(METHODS[name]):
             if args.steps and setting.steps not in args.steps:
@@ -132,7 +185,7 @@ def measure(pipe, args: argparse.Namespace, seed: int, done: dict[tuple, dict], 
             for start in range(0, len(prompts), args.batch):
                 some = prompts[start : start + args.batch]
                 exact = reference(pipe, some, seed, args)
-                latents, cost = draw(pipe, setting, some, seed, args.size)
+                latents, cost = draw(pipe, setting, some, seed, args.size, calibrate)
                 for prompt, value in zip(some, snr(latents, exact), strict=True):
                     row = {"key": keys[prompt], "evaluations": cost, "snr": value}
                     print(json.dumps(row), file=file, flush=True)
