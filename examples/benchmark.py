@@ -3,10 +3,11 @@
     python examples/benchmark.py                                  # SD3-medium's width, 2 layers
     python examples/benchmark.py --family lumina --layers 2 --size 1024 --dtype bfloat16
     python examples/benchmark.py --layers 24 --device cuda --dtype float16
+    python examples/benchmark.py --run                            # whole runs instead of steps
 
 Random weights at true width: time and memory do not depend on what the weights say. Dense and
 regional steps take turns, so that a machine whose speed drifts slows all of them alike; the table
-shows medians.
+shows medians. So do whole runs: the default preset's, without regions, and the official sampler's.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ from minidit import (
     MMDiTConfig,
     NextDiT,
     NextDiTConfig,
+    denoise,
 )
-from ras import KVCache
+from minidit.scheduler import SchedulerConfig
+from ras import KVCache, RASConfig
 
 VARIANTS = {  # the official configs
     "sd3": MMDiTConfig(),
@@ -51,6 +54,12 @@ TEXT_TOKENS = {
     "sd3": 333, "sd3.5-medium": 333, "sd3.5-large": 333, "lumina": 32, "flux": 512, "lumina2": 64,
 }  # fmt: skip
 
+RUNS = {  # steps, solver, regions
+    "official Euler": (28, "euler", None),
+    "corrected": (12, "corrected", None),
+    "corrected, regions": (12, "corrected", RASConfig()),
+}
+
 
 def main() -> None:
     args = parse_args()
@@ -59,21 +68,44 @@ def main() -> None:
     dtype = cli.dtype_of(args, device)
     model = build(args.family, args.layers, device, dtype)
     step = Step(model, args, device, dtype)
+    print(
+        f"{args.family}, {args.layers} layers, {args.size} px, batch {args.batch}, {dtype}, "
+        f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+    if args.run:
+        time_runs(step, args.repeats or 1)
+    else:
+        time_steps(step, args, args.repeats or 5)
+
+
+def time_runs(step: Step, repeats: int) -> None:
+    """Print the seconds of whole runs, and their share of the official run's."""
+    step.run(1.0)  # warms up
+    times = {name: [] for name in RUNS}
+    for _ in range(repeats):
+        for name, how in RUNS.items():
+            times[name].append(step.draw(*how))
+    official = median(seconds for _, seconds in times["official Euler"])
+    print("run                  steps   evaluations   seconds   time share")
+    for name, (steps, *_) in RUNS.items():
+        evaluations, seconds = times[name][0][0], median(seconds for _, seconds in times[name])
+        share = seconds / official
+        print(f"{name:20} {steps:5} {evaluations:13.2f} {seconds:9.1f} {share:12.1%}")
+
+
+def time_steps(step: Step, args: argparse.Namespace, repeats: int) -> None:
+    """Print the milliseconds of a dense step and of regional ones, and their share of it."""
     flops = {ratio: count_flops(args, ratio) for ratio in [1.0, *args.ratios]}
 
     times: dict[float, list[float]] = {ratio: [] for ratio in flops}
     step.run(1.0)  # fills the cache
-    for repeat in range(args.repeats + 1):
+    for repeat in range(repeats + 1):
         for ratio in times:
             seconds = step.run(ratio)
             if repeat > 0:  # the first round warms up
                 times[ratio].append(seconds)
 
     dense = median(times[1.0])
-    print(
-        f"{args.family}, {args.layers} layers, {args.size} px, batch {args.batch}, {dtype}, "
-        f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    )
     print(f"cache: {step.cache.nbytes / 2**20:.1f} MiB for {step.tokens} image tokens")
     print("active   ms/step   time share   FLOP share   time / FLOP")
     for ratio, seconds in times.items():
@@ -92,7 +124,8 @@ def parse_args() -> argparse.Namespace:
     add("--size", type=int, default=1024, help="pixels a side")
     add("--batch", type=int, default=2, help="2 is one picture with guidance (flux: 1)")
     add("--ratios", type=float, nargs="+", default=[0.75, 0.5, 0.25, 0.125])
-    add("--repeats", type=int, default=5)
+    add("--repeats", type=int, help="5 if not given, of whole runs 1")
+    add("--run", action="store_true", help="time whole runs instead of steps")
     cli.add_device_options(parser)
     args = parser.parse_args()
     if args.size < 16 or args.size % 16:
@@ -137,15 +170,16 @@ class Step:
             width = config.cross_attention_dim if args.family == "lumina" else config.cap_feat_dim
             context = torch.randn(B, length, width, **make)
             mask = torch.ones(B, length, dtype=torch.bool, device=device)
-            self.cond = {"context": context, "context_mask": mask}
-            if args.family == "lumina2":  # once a run, not once a step
-                self.cond = model.prepare(**self.cond)
+            self.texts = {"context": context, "context_mask": mask}
         else:
             context = torch.randn(B, length, config.joint_attention_dim, **make)
             pooled = torch.randn(B, config.pooled_projection_dim, **make)
-            self.cond = {"context": context, "pooled": pooled}
+            self.texts = {"context": context, "pooled": pooled}
             if args.family == "flux":
-                self.cond["guidance"] = 3.5
+                self.texts["guidance"] = 3.5
+        self.cond = self.texts
+        if hasattr(model, "prepare"):  # once a run, not once a step
+            self.cond = model.prepare(**self.texts)
 
     def active(self, ratio: float) -> torch.Tensor | None:
         """A random set of active tokens, the same for every sample; None for all."""
@@ -164,6 +198,25 @@ class Step:
         self.model(self.latents, self.sigma, **self.cond, active=active, cache=self.cache)
         self.synchronize()
         return time.perf_counter() - begin
+
+    def draw(self, steps: int, solver: str, config: RASConfig | None) -> tuple[float, float]:
+        """Evaluations and seconds of a whole run; an even batch is half negative prompts."""
+        uncond, cond, count = None, self.texts, len(self.latents)
+        if count % 2 == 0:
+            uncond, cond = (
+                {k: v.chunk(2)[i] if isinstance(v, torch.Tensor) else v for k, v in cond.items()}
+                for i in (0, 1)
+            )
+            count //= 2
+        sigmas = SchedulerConfig(shift=3.0).sigmas(steps, solver, self.tokens)
+        self.synchronize()
+        begin = time.perf_counter()
+        _, trace = denoise(
+            self.model, self.latents[:count], sigmas, cond, uncond, 7.0 if uncond else 1.0,
+            ras=config, correct=solver == "corrected",
+        )  # fmt: skip
+        self.synchronize()
+        return steps * (trace.share if trace else 1), time.perf_counter() - begin
 
     def synchronize(self) -> None:
         if self.device.type not in ("cpu", "meta"):

@@ -34,7 +34,7 @@ from safetensors.torch import load_file, save_file
 import minidit
 import rivals
 from cli import DTYPES, at_least, read_lines, run
-from pictures import check_writable
+from pictures import check_plot
 from ras import RASConfig, Upstream
 
 PROMPTS = (
@@ -131,6 +131,17 @@ METHODS |= {
     for name, rule in RIVALS.items()
     for suffix, tokens in TOKENS.items()
 }
+
+GREY = "0.55"
+LINES = {  # what the plot shows, where no methods are named
+    "C0": ("corrected",),
+    "C1": ("ours", "ours, fresh keys", "ours, oracle's tokens"),
+    "C2": ("TaylorSeer, line", "TaylorSeer, line, regions", "TeaCache", "MagCache"),
+    "C3": ("paper", "official RAS"),
+    GREY: ("official Euler", "hold", "ours, random tokens", "ours, steps left out"),
+}
+COLOURS = {name: colour for colour, names in LINES.items() for name in names}
+BOUNDS = [name for name in METHODS if "oracle" in name or "fresh" in name]  # dashed
 
 
 # ---------------------------------------------------------------- measuring
@@ -240,23 +251,28 @@ def table(found: dict[str, list[tuple[float, float, float, int]]]) -> str:
     return "\n".join(lines)
 
 
-def plot_curves(axes, found: dict[str, list[tuple[float, float, float, int]]]) -> None:
-    """Nearness against evaluations, one line a method."""
-    for i, (name, points) in enumerate(found.items()):
-        cost, value, half, _ = zip(*points, strict=True)
-        style = {"color": f"C{i}", "marker": "o", "markersize": 4, "capsize": 2, "label": name}
-        axes.errorbar(cost, value, half, **style)
-    axes.grid(alpha=0.3)
-
-
 def plot(found: dict[str, list[tuple[float, float, float, int]]], title: str, path: Path) -> None:
-    """One plot of all methods."""
+    """Nearness against evaluations, one line a method, its name at its end."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 6.6), layout="constrained")
+    figure = Figure(figsize=(7, 7.5), layout="constrained")
     axes = figure.subplots()
-    plot_curves(axes, found)
-    figure.legend(loc="outside lower center", ncols=3, fontsize=11)
+    for name, points in found.items():
+        cost, value, half, _ = zip(*points, strict=True)
+        look = {"color": COLOURS.get(name, GREY), "linestyle": "--" if name in BOUNDS else "-"}
+        axes.errorbar(cost, value, half, **look, marker="o", markersize=3, elinewidth=0.6)
+    low, high = axes.get_ylim()
+    place = low
+    for value, cost, name in sorted(
+        (points[-1][1], points[-1][0], n) for n, points in found.items()
+    ):
+        place = max(value, place + (high - low) / 28)  # labels stay apart
+        colour = COLOURS.get(name, GREY)
+        axes.annotate(
+            name, (cost, value), (1.02, place), textcoords=("axes fraction", "data"), color=colour,
+            va="center", fontsize=12, arrowprops={"arrowstyle": "-", "color": colour, "alpha": 0.4},
+        )  # fmt: skip
+    axes.grid(alpha=0.3)
     axes.set_title(title, fontsize=13)
     axes.set_xlabel("network evaluations", fontsize=13)
     axes.set_ylabel("nearness to the ODE, dB", fontsize=13)
@@ -293,14 +309,14 @@ def main() -> None:
         ])  # fmt: skip
         print(table(found))
         if args.plot is not None:
-            plot(found, args.model, args.plot)
+            plot({n: found[n] for n in args.shown if n in found}, args.model, args.plot)
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Nearness to the ODE by cost, many pictures.")
     add = parser.add_argument
     add("--model", default="mini-lumina")
-    add("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="NAME")
+    add("--methods", nargs="+", choices=list(METHODS), metavar="NAME", help="all if not given")
     add("--prompts", nargs="+", default=list(PROMPTS))
     add("--captions", type=Path, help="a text file with one prompt a line, instead of --prompts")
     add("--seeds", type=int, default=2)
@@ -311,15 +327,12 @@ def parse_args() -> argparse.Namespace:
     add("--dtype", choices=DTYPES, default="float32")
     add("--ode-steps", type=int, default=64, help="corrected steps of the reference")
     add("--out", type=Path, default=Path("runs/evaluate"), help="folder of the results")
-    add("--plot", type=Path, help="picture of the curves, needs matplotlib")
+    add("--plot", type=Path, help="picture of the curves, of all methods the main ones")
     args = parser.parse_args()
     at_least(parser, args, seeds=1, size=16, batch=1, ode_steps=1)
-    if args.plot is not None:
-        try:
-            from matplotlib.backend_bases import FigureCanvasBase
-        except ImportError:
-            parser.error('--plot needs matplotlib: pip install -e ".[plots]"')
-        check_writable(args.plot, {f".{kind}" for kind in FigureCanvasBase.filetypes})
+    check_plot(args.plot)
+    args.shown = args.methods or list(COLOURS)
+    args.methods = args.methods or list(METHODS)
     if args.captions is not None:
         args.prompts = read_lines(args.captions)
     return args

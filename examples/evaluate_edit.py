@@ -27,7 +27,7 @@ from torch import Tensor
 
 import minidit
 import ras
-from evaluate import PROMPTS, curves, plot_curves, read, table
+from evaluate import PROMPTS, curves, read, table
 from minidit import denoise
 from minidit.flow import Known
 from minidit.pipeline import draw_noise
@@ -249,6 +249,15 @@ def pictures(pipe, args: argparse.Namespace) -> Image.Image:
             texts = (prompt, kind, asked[i], "the same, every token computed")
             rows.append([labelled(*pair) for pair in zip(row, texts, strict=True)])
     return sheet(rows)
+
+
+def plot_curves(axes, found: dict[str, list[tuple[float, float, float, int]]]) -> None:
+    """Nearness against evaluations, one line a method."""
+    for i, (name, points) in enumerate(found.items()):
+        cost, value, half, _ = zip(*points, strict=True)
+        style = {"color": f"C{i}", "marker": "o", "markersize": 4, "capsize": 2, "label": name}
+        axes.errorbar(cost, value, half, **style)
+    axes.grid(alpha=0.3)
 
 
 def plot(panels: dict[str, dict], args: argparse.Namespace, path: Path) -> None:

@@ -85,6 +85,17 @@ def check_writable(path: Path, endings: Collection[str] | None = None) -> None:
         raise ValueError(f"{path} can't be written: {path.parent} must be a writable folder")
 
 
+def check_plot(path: Path | None) -> None:
+    """Raise ValueError unless path is None or matplotlib is there and can write a plot to it."""
+    if path is None:
+        return
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError:
+        raise ValueError('--plot needs matplotlib: pip install -e ".[plots]"') from None
+    check_writable(path, {f".{kind}" for kind in FigureCanvasBase.filetypes})
+
+
 def pillow_writes(ending: str) -> bool:
     """Whether Pillow can write a picture in colour of that ending: it says so by doing it."""
     kind = Image.registered_extensions().get(ending)

@@ -1,13 +1,13 @@
 """Other people's rules, bounds and controls, through the interface of `ras` alone.
 
 A rule is a function of a RASConfig, which says what is dense and who is active, and of the Drawing;
-what it returns is passed as `ras=`. METHODS in evaluate.py lists them. In three of the four papers
-what is kept are features inside the network; here it is the guided velocity, the network's output.
+what it returns is passed as `ras=`. METHODS in evaluate.py lists them. The papers keep features
+from inside the network; here, as in all of RAS, it is the guided velocity that is kept.
 
-TeaCache    arXiv 2411.19108: which steps are computed, from how much the network's input changes
-MagCache    arXiv 2506.09045: the same, from how the size of the network's output changes
-TaylorSeer  arXiv 2503.06923: what is held is a Taylor series, of finite differences
-FoCa        arXiv 2508.16211: the same as steps of a solver (BDF2, then Heun)
+TeaCache    arXiv 2411.19108: how much the network's input changes says which steps to compute
+MagCache    arXiv 2506.09045: how the size of its output changes says so
+TaylorSeer  arXiv 2503.06923: what is held follows a Taylor series of finite differences
+FoCa        arXiv 2508.16211: the same idea, written as a solver's forecast and correction
 
 B batch, N tokens, K active tokens, C channels, P patch.
 """
@@ -156,9 +156,9 @@ class Scaled:
 class Forecast:
     """What is held is the polynomial through the last velocities of a token, at the coming level.
 
-    order 1 is TaylorSeer's first order, and FoCa's BDF2 step along a finite difference: both a line
-    order 2 a parabola. There the variable is the step's number, here the noise level. Euler's
-    rule only: the corrector takes for granted that tokens held the last velocity itself.
+    order 1 is a line, TaylorSeer's first order; order 2 a parabola. There the variable is the
+    number of the step, here the noise level. For Euler steps only: the corrected solver takes for
+    granted that a stale token held its last velocity itself.
     """
 
     def __init__(self, config: RASConfig, drawing: Drawing, order: int) -> None:

@@ -12,6 +12,8 @@ from conftest import GOLDENS
 from PIL import Image
 from test_examples import EXAMPLES, run  # noqa: F401
 
+import evaluate
+
 EVALUATE = ["--model", str(GOLDENS / "pipe_sd3"), "--prompts", "a cat", "a dog", "--seeds", "2"]
 EVALUATE += ["--out", "e", "--size", "48", "--ode-steps", "16", "--steps", "6", "10"]
 EVALUATE += ["--methods", "corrected", "ours", "ours, steps left out"]
@@ -39,6 +41,23 @@ def test_evaluate_counts_evaluations_and_resumes_to_the_same_table(run, tmp_path
     (tmp_path / "e" / "rows.jsonl").write_text("\n".join(lines[:7]) + '\n{"key": ["co')
     run("evaluate", *EVALUATE)
     assert capsys.readouterr().out == table
+
+
+def test_the_plot_names_its_lines(tmp_path):
+    points = [(4.0, 20.0, 1.0, 8), (9.0, 30.0, 1.0, 8)]
+    found = dict.fromkeys(("corrected", "ours, fresh keys", "hold"), points)
+    evaluate.plot(found, "a model", tmp_path / "e.svg")
+    drawn = (tmp_path / "e.svg").read_text("utf-8")
+    assert all(f"<!-- {name} -->" in drawn for name in (*found, "a model", "network evaluations"))
+
+
+def test_lorenz_prints_a_row_a_step_and_draws(run, tmp_path, capsys):  # noqa: F811
+    args = ("--model", EVALUATE[1], "--size", "48", "--prompts", "a cat", "--steps", "5")
+    run("lorenz", *args, "--plot", "l.png")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("5 steps, euler, 1 pictures")
+    assert [line[:4] for line in lines[4:]] == [f"| {i} " for i in (1, 2, 3, 4)]
+    assert Image.open(tmp_path / "l.png").width == 700
 
 
 @pytest.mark.slow

@@ -334,6 +334,10 @@ def test_benchmark_prints_shares_of_time_and_flops(run, capsys, monkeypatch, fam
     dense, half = (line.split() for line in lines[3:])
     assert dense[2:] == ["100.0%", "100.0%", "1.000"]
     assert half[0] == "50.0%" and 45 < float(half[3].rstrip("%")) < 99
+    run("benchmark", "--family", family, "--layers", "1", "--size", "64", "--run")
+    official, dense, regions = capsys.readouterr().out.splitlines()[2:]
+    assert official.split()[2:4] == ["28", "28.00"] and official.endswith("100.0%")
+    assert dense.split()[1:3] == ["12", "12.00"] and regions.split()[2:4] == ["12", "10.50"]
 
 
 def test_heat_counts_regional_steps_only():
@@ -363,6 +367,8 @@ def test_heat_counts_regional_steps_only():
         ("compare --gif a.jpg", "a.jpg has no picture's ending that can be written, one of .apng"),
         ("compare --steps-map compare.png", "compare.png is named for two outputs"),
         ("compare --solver heun", "invalid choice: 'heun'"),
+        ("lorenz --steps 2", "--steps is 2, must be at least 3"),
+        ("lorenz --plot curves.docx", "curves.docx has no picture's ending"),
         ("benchmark --layers 0", "--layers is 0, must be at least 1"),
         ("benchmark --size 100", "--size is 100, must be a positive multiple of 16"),
         ("train sheet --model mini-sd3 --out sheet.docx", "sheet.docx has no picture's ending"),
