@@ -254,6 +254,7 @@ def table(found: dict[str, list[tuple[float, float, float, int]]]) -> str:
 def plot(found: dict[str, list[tuple[float, float, float, int]]], title: str, path: Path) -> None:
     """Nearness against evaluations, one line a method, its name at its end."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MultipleLocator
 
     figure = Figure(figsize=(7, 7.5), layout="constrained")
     axes = figure.subplots()
@@ -272,6 +273,7 @@ def plot(found: dict[str, list[tuple[float, float, float, int]]], title: str, pa
             name, (cost, value), (1.02, place), textcoords=("axes fraction", "data"), color=colour,
             va="center", fontsize=12, arrowprops={"arrowstyle": "-", "color": colour, "alpha": 0.4},
         )  # fmt: skip
+    axes.xaxis.set_major_locator(MultipleLocator(4))
     axes.grid(alpha=0.3)
     axes.set_title(title, fontsize=13)
     axes.set_xlabel("network evaluations", fontsize=13)

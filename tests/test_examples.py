@@ -313,8 +313,8 @@ def test_compare_draws_a_sheet_a_map_and_an_animation(run, tmp_path, monkeypatch
     assert Image.open(tmp_path / "steps.gif").n_frames > 3  # equal frames are merged
 
 
-@pytest.mark.parametrize("family", ["sd3", "sd3.5-medium", "lumina", "flux", "lumina2"])
-def test_benchmark_prints_shares_of_time_and_flops(run, capsys, monkeypatch, family):
+def tiny_benchmark(monkeypatch, family: str) -> tuple[str, ...]:
+    """Arguments of benchmark.py for one narrow layer of a family."""
     benchmark = importlib.import_module("benchmark")
     small = {"num_layers": 1, "num_attention_heads": 4}
     sizes = {
@@ -327,14 +327,22 @@ def test_benchmark_prints_shares_of_time_and_flops(run, capsys, monkeypatch, fam
         k: v for k, v in (("num_kv_heads", 2), ("dual_attention_layers", ())) if hasattr(config, k)
     }))  # fmt: skip
     monkeypatch.setitem(benchmark.VARIANTS, family, tiny)
-    run("benchmark", "--family", family, "--layers", "1", "--size", "64", "--repeats", "1",
-        "--ratios", "0.5")  # fmt: skip
+    return "--family", family, "--layers", "1", "--size", "64"
+
+
+@pytest.mark.parametrize("family", ["sd3", "sd3.5-medium", "lumina", "flux", "lumina2"])
+def test_benchmark_prints_shares_of_time_and_flops(run, capsys, monkeypatch, family):
+    run("benchmark", *tiny_benchmark(monkeypatch, family), "--repeats", "1", "--ratios", "0.5")
     lines = capsys.readouterr().out.splitlines()
     assert "1 layers, 64 px, batch 2" in lines[0] and "cache: " in lines[1]
     dense, half = (line.split() for line in lines[3:])
     assert dense[2:] == ["100.0%", "100.0%", "1.000"]
     assert half[0] == "50.0%" and 45 < float(half[3].rstrip("%")) < 99
-    run("benchmark", "--family", family, "--layers", "1", "--size", "64", "--run")
+
+
+@pytest.mark.parametrize("batch", ["1", "2"])
+def test_benchmark_times_whole_runs(run, capsys, monkeypatch, batch):
+    run("benchmark", *tiny_benchmark(monkeypatch, "lumina2"), "--run", "--batch", batch)
     official, dense, regions = capsys.readouterr().out.splitlines()[2:]
     assert official.split()[2:4] == ["28", "28.00"] and official.endswith("100.0%")
     assert dense.split()[1:3] == ["12", "12.00"] and regions.split()[2:4] == ["12", "10.50"]
