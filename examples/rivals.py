@@ -105,8 +105,8 @@ def gated(config: RASConfig, steps: int, error: Callable[[int, int], float]) -> 
 def tea_cache(config: RASConfig, drawing: Drawing) -> RASConfig:
     """TeaCache: a polynomial of the input's relative change foretells the output's, which adds up.
 
-    There the input is what the first block's modulation makes of it, of the picture that is drawn,
-    and the polynomial is of 70 prompts; here it is the latents, and both are of the calibration.
+    There the input is what the first block's modulation makes of it, and is that of the picture
+    that is drawn; here it is the latents, and all is of the calibration.
     """
     path = drawing.calibrate(drawing.steps, drawing.solver)
     inputs, outputs = (relative_change(x).tolist() for x in (path.after[:-1], path.velocity[1:]))
