@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 from mutants.mistakes import MISTAKES, applied
+from mutants.second import SECOND
 
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("file", MISTAKES)
-def test_every_mistake_still_applies(file):
-    tests, pairs = MISTAKES[file]
+@pytest.mark.parametrize(
+    ("mistakes", "file"), [(each, file) for each in (MISTAKES, SECOND) for file in each]
+)
+def test_every_mistake_still_applies(mistakes, file):
+    tests, pairs = mistakes[file]
     source = (ROOT / file).read_text()
     changed = [applied(source, *pair) for pair in pairs]
     for text in changed:

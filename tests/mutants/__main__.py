@@ -29,6 +29,7 @@ def main() -> int:
     warm_up()
 
     from tests.mutants.mistakes import MISTAKES, applied
+    from tests.mutants.second import SECOND
 
     known = {}
     if args.results.is_file():
@@ -36,8 +37,9 @@ def main() -> int:
             name, verdict, *_ = line.split()
             known[name] = verdict
     todo = [
-        (f"{file}:{i}", file, tests, pair)
-        for file, (tests, pairs) in MISTAKES.items()
+        (f"{start}{file}:{i}", file, tests, pair)
+        for start, mistakes in (("", MISTAKES), ("second:", SECOND))
+        for file, (tests, pairs) in mistakes.items()
         for i, pair in enumerate(pairs)
     ]
     todo.sort(key=lambda one: crc32(one[0].encode()))  # a part of a run is a fair sample

@@ -115,7 +115,7 @@ MISTAKES: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ],
     ),
     "ras/run.py": (
-        "ras_run ras_upstream flow",
+        "ras_run ras_upstream flow ras_sampling",
         [
             (
                 "grid = (self.size[0] // patch, self.size[1] // patch)",
