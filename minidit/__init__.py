@@ -71,6 +71,7 @@ def load(
     """
     from weights.load import load_parts
 
+    checks.path("path", path)
     device = checks.device(device)
     checks.flag("offload", offload)
     checks.flag("use_t5", use_t5)
@@ -91,11 +92,16 @@ def load_component(
     """One part of a model: see `weights.load.load_component`."""
     from weights.load import load_component
 
+    checks.path("path", path)
     return load_component(path, name, device=device, dtype=dtype)
 
 
 def save(pipe: Any, folder: str | PathLike[str], dtype: torch.dtype | None = None) -> None:
     """Write a pipeline as a folder in the official layout: see `weights.save.save`."""
+    from weights.load import check_target
     from weights.save import save
 
+    checks.path("folder", folder)
+    if dtype is not None:
+        dtype = check_target("cpu", dtype)[1]
     save(pipe, folder, dtype)

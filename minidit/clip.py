@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidit.parts import check_config, check_ids
+from minidit import checks
+from minidit.parts import check_ids
 
 LEGACY_EOS = 2  # a wrong end-of-text id that most published CLIP configs carry, SD3's included
 
@@ -35,7 +36,7 @@ class CLIPConfig:
     eos_token_id: int = 49407
 
     def __post_init__(self) -> None:
-        check_config(self)
+        checks.config(self)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size is {self.hidden_size}, must be a multiple of "
@@ -43,7 +44,8 @@ class CLIPConfig:
             )
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(
-                f"hidden_act is {self.hidden_act!r:.80}, must be one of {', '.join(ACTIVATIONS)}"
+                f"hidden_act is {checks.short(self.hidden_act)}, must be one of "
+                f"{', '.join(ACTIVATIONS)}"
             )
 
 
@@ -52,7 +54,7 @@ class CLIPTextEncoder(nn.Module):
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
-        self.config = c = config
+        self.config = c = checks.instance("config", config, CLIPConfig)
         self.token_embed = nn.Embedding(c.vocab_size, c.hidden_size)
         self.pos_embed = nn.Embedding(c.max_position_embeddings, c.hidden_size)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
@@ -66,7 +68,7 @@ class CLIPTextEncoder(nn.Module):
         mask: whatever follows the end-of-text token is encoded like text. Raises ValueError for ids
         of another shape, type or range, or more of them than max_position_embeddings.
         """
-        check_ids(ids, self.config.vocab_size, self.config.max_position_embeddings)
+        check_ids(ids, self.token_embed, self.config.max_position_embeddings)
         x = self.token_embed(ids) + self.pos_embed.weight[: ids.shape[1]]  # (B, L, C)
         for layer in self.layers:
             penultimate, x = x, layer(x)

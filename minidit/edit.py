@@ -52,7 +52,7 @@ class Source:
         """The pictures' height and width. Raises ValueError where others are asked."""
         w, h = self.pictures[0].size
         for name, side, asked in (("height", h, height), ("width", w, width)):
-            if asked is not None and asked != side:
+            if asked is not None and checks.integer(name, asked, 1) != side:
                 raise ValueError(f"{name} is {checks.short(asked)}, but image is {w}x{h} pixels")
         return h, w
 

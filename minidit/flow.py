@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -61,9 +62,9 @@ def shifted(s: Any, shift: float) -> Any:
 
 def check_schedule(steps: int, shift: float) -> None:
     """Raise ValueError unless a run can have that many steps and that shift."""
-    checks.integer("steps", steps, 1)
-    if not 0 < shift < float("inf"):
-        raise ValueError(f"shift is {shift!r}, must be above 0 and finite")
+    checks.integer("steps", steps, 1, checks.MOST_STEPS)
+    if not checks.number("shift", shift, 0):
+        raise ValueError(f"shift is {shift}, must be above 0")
 
 
 @torch.no_grad()
@@ -103,9 +104,13 @@ def denoise(
     Raises ValueError for shapes and settings that do not fit.
     """
     guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
+    checks.instance("known", known, Known, None)
+    checks.instance("record", record, Record, None)
+    for name, value in (("correct", correct), ("progress", progress)):
+        checks.flag(name, value)
     if record is not None and ras is not None:
         raise ValueError("record is for dense runs: pass ras=None")
-    _check(latents, sigmas, cond, uncond, guidance)
+    _check(model, latents, sigmas, cond, uncond, guidance)
     checks.function("callback", callback)
     check_ras(ras)
     latents, patch = latents.float(), _patch_size(model, latents, ras)
@@ -151,19 +156,21 @@ def _patch_size(model: Model, latents: Tensor, ras: Any) -> int:
     return patch
 
 
-def _check(latents, sigmas, cond, uncond, guidance) -> None:
-    for name, value in (("latents", latents), ("sigmas", sigmas)):
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            raise ValueError(f"{name} are {checks.short(value)}, must be a floating point tensor")
+def _check(model, latents, sigmas, cond, uncond, guidance) -> None:
+    checks.floating("latents", latents, "B", "C", "H", "W")
+    checks.floating("sigmas", sigmas, "steps + 1")
     for name, value in (("cond", cond), ("uncond", uncond)):
         if not isinstance(value, Mapping) and (name == "cond" or value is not None):
             raise ValueError(f"{name} is {checks.short(value)}, must be a dict of arguments")
-    if latents.ndim != 4:
-        raise ValueError(f"latents have shape {tuple(latents.shape)}, must be (B, C, H, W)")
-    if sigmas.ndim != 1 or len(sigmas) < 2:
+    try:
+        signature(getattr(model, "forward", model)).bind(latents, sigmas[0], **cond)
+    except (TypeError, ValueError, IndexError) as error:
         raise ValueError(
-            f"sigmas have shape {tuple(sigmas.shape)}, must be (steps + 1,) with steps >= 1"
-        )
+            f"model is {checks.short(model)}, which cannot be given latents, sigma, "
+            f"{', '.join(map(str, cond))}: {checks.reason(error)}"
+        ) from None
+    if len(sigmas) < 2 or sigmas.is_meta:
+        raise ValueError(f"sigmas are {checks.short(sigmas)}, must be (steps + 1,), steps >= 1")
     if guidance.scale == 1:
         uncond = cond
     if uncond is None:
@@ -176,7 +183,4 @@ def _check(latents, sigmas, cond, uncond, guidance) -> None:
             raise ValueError(f"cond[{name!r}] has shape {tuple(rows.shape)}, must be {wanted}")
         if name not in uncond:
             raise ValueError(f"uncond[{name!r}] is missing, cond has {', '.join(cond)}")
-        if uncond[name].shape != rows.shape:
-            raise ValueError(
-                f"uncond[{name!r}] has shape {tuple(uncond[name].shape)}, must be {wanted}"
-            )
+        checks.tensor(f"uncond[{name!r}]", uncond[name], *wanted, like=rows)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minidit import checks
 from minidit.parts import (
     MLP,
     FinalLayer,
@@ -25,7 +26,6 @@ from minidit.parts import (
     Rope,
     attention,
     batch_sigma,
-    check_config,
     check_latents,
     check_prompt,
     layer_norm,
@@ -68,7 +68,7 @@ class FluxConfig:
         return self.in_channels // self.patch_size**2
 
     def __post_init__(self) -> None:
-        check_config(self)
+        checks.config(self)
         if self.in_channels % self.patch_size**2:
             raise ValueError(f"in_channels is {self.in_channels}, must be a multiple of 4")
         axes = self.axes_dims_rope
@@ -88,7 +88,7 @@ class Flux(nn.Module):
 
     def __init__(self, config: FluxConfig) -> None:
         super().__init__()
-        self.config = c = config
+        self.config = c = checks.instance("config", config, FluxConfig)
         C, first_single = c.width, c.num_layers
         self.patch_embed = nn.Linear(c.in_channels, C)
         self.context_embed = nn.Linear(c.joint_attention_dim, C)
@@ -126,8 +126,8 @@ class Flux(nn.Module):
         cache    keys and values, written here; None for plain dense sampling
         Raises ValueError for shapes that do not fit.
         """
-        height, width, P = *latents.shape[-2:], self.config.patch_size
         self._check(latents, context, pooled, guidance, active, cache)
+        height, width, P = *latents.shape[-2:], self.config.patch_size
         dtype = self.patch_embed.weight.dtype
         latents, context, pooled = (x.to(dtype) for x in (latents, context, pooled))
 
@@ -194,14 +194,17 @@ class Flux(nn.Module):
 
     def _check(self, latents, context, pooled, guidance, active, cache) -> None:
         c = self.config
-        check_latents(latents, c.latent_channels, c.patch_size, active, cache)
-        check_prompt(context, pooled, len(latents), c)
+        like = self.patch_embed.weight
+        check_latents(latents, c.latent_channels, c.patch_size, active, cache, like)
+        check_prompt(context, pooled, latents, c)
         if c.guidance_embeds and guidance is None:
             raise ValueError(
                 "guidance is None, must be a number: this model (FLUX dev) is given it"
             )
         if not c.guidance_embeds and guidance is not None:
-            raise ValueError(f"guidance is {guidance}, must be None: this model (schnell) has none")
+            raise ValueError(
+                f"guidance is {checks.short(guidance)}, must be None: this model (schnell) has none"
+            )
 
 
 class DoubleBlock(nn.Module):

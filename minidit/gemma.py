@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidit.parts import attention, check_config, check_ids
+from minidit import checks
+from minidit.parts import attention, check_ids
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class GemmaConfig:
         return float((self.rope_parameters or {}).get("rope_theta", self.rope_theta))
 
     def __post_init__(self) -> None:
-        check_config(self)
+        checks.config(self)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads is {self.num_attention_heads}, must be a multiple of "
@@ -84,7 +85,7 @@ class GemmaConfig:
         activation = self.hidden_activation or self.hidden_act
         if activation not in ("gelu", "gelu_pytorch_tanh"):
             raise ValueError(
-                f"hidden_act is {activation!r:.80}, must be 'gelu' or 'gelu_pytorch_tanh'"
+                f"hidden_act is {checks.short(activation)}, must be 'gelu' or 'gelu_pytorch_tanh'"
             )
         if (
             self.rope_scaling
@@ -98,7 +99,9 @@ class GemmaConfig:
         if self.attention_bias:
             raise ValueError("attention_bias is true, must be false")
         if self.model_type not in ("gemma", "gemma2"):
-            raise ValueError(f"model_type is {self.model_type!r}, must be 'gemma' or 'gemma2'")
+            raise ValueError(
+                f"model_type is {checks.short(self.model_type)}, must be 'gemma' or 'gemma2'"
+            )
         if self.second:
             self._check_second()
 
@@ -125,7 +128,7 @@ class GemmaEncoder(nn.Module):
 
     def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
-        self.config = c = config
+        self.config = c = checks.instance("config", config, GemmaConfig)
         self.token_embed = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
         self.final_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
@@ -136,7 +139,7 @@ class GemmaEncoder(nn.Module):
         mask is 1 for text and 0 for padding, on either side; None means text throughout. States of
         padding are finite and mean nothing. Raises ValueError for ids or a mask that do not fit.
         """
-        check_ids(ids, self.config.vocab_size, self.config.max_position_embeddings, mask)
+        check_ids(ids, self.token_embed, self.config.max_position_embeddings, mask)
         x = self.token_embed(ids)  # (B, L, C)
         # rounded to the type of the weights first, as in training: 45.25 instead of 45.2548...
         x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype)

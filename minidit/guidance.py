@@ -53,12 +53,17 @@ class Guidance:
         return bool(self.skip_layers) and within
 
     def __post_init__(self) -> None:
-        checks.number("guidance", self.scale, 1, also=" (1 is off)")
-        checks.number("skip_guidance", self.skip_guidance, 0)
+        scale = checks.number("guidance", self.scale, 1, also=" (1 is off)")
+        object.__setattr__(self, "scale", scale)
+        object.__setattr__(
+            self, "skip_guidance", checks.number("skip_guidance", self.skip_guidance, 0)
+        )
         checks.number("skip_start", self.skip_start, 0, 1)
         checks.number("skip_stop", self.skip_stop, 0, 1)
         checks.number("cfg_trunc_ratio", self.cfg_trunc_ratio, 0, 1)
         checks.flag("cfg_normalization", self.cfg_normalization)
+        if not isinstance(self.skip_layers, tuple | list):
+            raise ValueError(f"skip_layers is {checks.short(self.skip_layers)}, must be a list")
         if self.skip_layers and self.scale == 1:
             raise ValueError("skip_layers needs guidance, which is 1, off")
 

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minidit import checks
 from minidit.parts import (
     MLP,
     GatedMLP,
@@ -29,7 +30,6 @@ from minidit.parts import (
     ScaledHead,
     attention,
     batch_sigma,
-    check_config,
     check_latents,
     check_text,
     rotate,
@@ -86,7 +86,7 @@ class Lumina2Config:
         return -(-width // self.multiple_of) * self.multiple_of
 
     def __post_init__(self) -> None:
-        check_config(self)
+        checks.config(self)
         if self.out_channels not in (None, self.in_channels):
             raise ValueError(
                 f"out_channels is {self.out_channels}, must be null or "
@@ -123,7 +123,7 @@ class Lumina2(nn.Module):
 
     def __init__(self, config: Lumina2Config) -> None:
         super().__init__()
-        self.config = c = config
+        self.config = c = checks.instance("config", config, Lumina2Config)
         C, P, depth = c.hidden_size, c.patch_size, c.num_refiner_layers
         self.patch_embed = nn.Linear(P * P * c.in_channels, C)
         self.time_embed = MLP(256, c.cond_width, c.cond_width)
@@ -158,8 +158,8 @@ class Lumina2(nn.Module):
         refined says that context comes from `prepare`, which spares each step the context refiners
         Raises ValueError for shapes that do not fit.
         """
-        height, width, P = *latents.shape[-2:], self.config.patch_size
         self._check(latents, context, context_mask, active, cache, refined)
+        height, width, P = *latents.shape[-2:], self.config.patch_size
         latents = latents.to(self.patch_embed.weight.dtype)
         time = 1 - batch_sigma(sigma, latents)  # (B,), from 0 = noise to 1 = image
         cond = F.silu(self.time_embed(time_features(time, 256).to(latents.dtype)))  # (B, cond_w.)
@@ -205,9 +205,11 @@ class Lumina2(nn.Module):
         context (B, L, cap_feat_dim), context_mask (B, L) -> arguments for `forward` in place of
         these; `denoise` does it before its first step. Refined ones are left as they are.
         """
-        if refined:
+        if checks.flag("refined", refined):
             return {"context": context, "context_mask": context_mask, "refined": True}
-        check_text(context, context_mask, len(context), self.config.cap_feat_dim)
+        checks.tensor("context", context, "batch", "tokens", self.config.cap_feat_dim)
+        like = self.patch_embed.weight
+        check_text(context, context_mask, len(context), self.config.cap_feat_dim, like)
         mask = context_mask.bool()
         x = context.to(self.patch_embed.weight.dtype)
         x = x.masked_fill(~mask[:, :, None], 0)  # whatever padding holds, even NaN
@@ -233,7 +235,8 @@ class Lumina2(nn.Module):
 
     def _check(self, latents, context, context_mask, active, cache, refined) -> None:
         c = self.config
-        check_latents(latents, c.in_channels, c.patch_size, active, cache)
+        like = self.patch_embed.weight
+        check_latents(latents, c.in_channels, c.patch_size, active, cache, like)
         height, width = latents.shape[-2:]
         tall, wide = (length * c.patch_size for length in c.axes_lens[1:])
         if height > tall or width > wide:
@@ -241,9 +244,8 @@ class Lumina2(nn.Module):
                 f"latents are {height}x{width}, but the positions of this model end at "
                 f"{tall}x{wide} (axes_lens)"
             )
-        check_text(
-            context, context_mask, len(latents), c.hidden_size if refined else c.cap_feat_dim
-        )
+        text_width = c.hidden_size if checks.flag("refined", refined) else c.cap_feat_dim
+        check_text(context, context_mask, len(latents), text_width, like)
 
 
 def text_places(context_mask: Tensor) -> Tensor:

@@ -11,18 +11,19 @@ H heads, D head width, C width of the network, P patch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minidit import checks
 from minidit.parts import (
     MLP,
     FinalLayer,
     Projections,
     attention,
     batch_sigma,
-    check_config,
     check_latents,
     check_prompt,
     layer_norm,
@@ -57,14 +58,14 @@ class MMDiTConfig:
         return self.num_attention_heads * self.attention_head_dim
 
     def __post_init__(self) -> None:
-        check_config(self)
+        checks.config(self)
         if self.caption_projection_dim != self.width:
             raise ValueError(
                 f"caption_projection_dim is {self.caption_projection_dim}, must be "
                 f"num_attention_heads * attention_head_dim = {self.width}"
             )
         if self.qk_norm not in (None, "rms_norm"):
-            raise ValueError(f"qk_norm is {self.qk_norm!r:.80}, must be null or 'rms_norm'")
+            raise ValueError(f"qk_norm is {checks.short(self.qk_norm)}, must be null or 'rms_norm'")
         bad = [i for i in self.dual_attention_layers if not 0 <= i < self.num_layers]
         if bad:
             raise ValueError(
@@ -80,7 +81,7 @@ class MMDiT(nn.Module):
 
     def __init__(self, config: MMDiTConfig) -> None:
         super().__init__()
-        self.config = c = config
+        self.config = c = checks.instance("config", config, MMDiTConfig)
         C, P = c.width, c.patch_size
         self.patch_embed = nn.Conv2d(c.in_channels, C, kernel_size=P, stride=P)
         # a stored table, not a formula: the official files differ from the sine-cosine one
@@ -115,8 +116,8 @@ class MMDiT(nn.Module):
         skip_layers  blocks to leave out (skip-layer guidance of SD3.5)
         Raises ValueError for shapes that do not fit.
         """
+        self._check(latents, context, pooled, active, cache, skip_layers)
         height, width, P = *latents.shape[-2:], self.config.patch_size
-        self._check(latents, context, pooled, active, cache)
         latents, context, pooled = (x.to(self.pos_embed.dtype) for x in (latents, context, pooled))
         sigma = batch_sigma(sigma, latents)  # (B,)
 
@@ -156,17 +157,21 @@ class MMDiT(nn.Module):
         row, column = tokens // w + (S - h) // 2, tokens % w + (S - w) // 2
         return F.embedding(row * S + column, self.pos_embed[0])
 
-    def _check(self, latents, context, pooled, active, cache) -> None:
+    def _check(self, latents, context, pooled, active, cache, skip_layers) -> None:
         c = self.config
-        check_latents(latents, c.in_channels, c.patch_size, active, cache)
-        B, _, height, width = latents.shape
+        check_latents(latents, c.in_channels, c.patch_size, active, cache, self.pos_embed)
+        height, width = latents.shape[-2:]
         S, P = c.pos_embed_max_size, c.patch_size
         if max(height, width) > S * P:
             raise ValueError(
                 f"latents are {height}x{width}, but the position table of this model ends at "
                 f"{S * P}x{S * P} ({S * P * 8} pixels a side)"
             )
-        check_prompt(context, pooled, B, c)
+        check_prompt(context, pooled, latents, c)
+        if not isinstance(skip_layers, tuple | list) or not all(
+            isinstance(i, Integral) for i in skip_layers
+        ):
+            raise ValueError(f"skip_layers is {checks.short(skip_layers)}, must be layer numbers")
 
 
 class Block(nn.Module):

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minidit import checks
 from minidit.parts import (
     MLP,
     GatedMLP,
@@ -26,7 +27,6 @@ from minidit.parts import (
     ScaledHead,
     attention,
     batch_sigma,
-    check_config,
     check_latents,
     check_text,
     rotate,
@@ -88,7 +88,7 @@ class NextDiTConfig:
         return self.in_channels * (2 if self.learn_sigma else 1)
 
     def __post_init__(self) -> None:
-        check_config(self)
+        checks.config(self)
         if self.hidden_size % (4 * self.num_attention_heads):
             raise ValueError(
                 f"hidden_size is {self.hidden_size}, must be a multiple of "
@@ -117,7 +117,7 @@ class NextDiT(nn.Module):
 
     def __init__(self, config: NextDiTConfig) -> None:
         super().__init__()
-        self.config = c = config
+        self.config = c = checks.instance("config", config, NextDiTConfig)
         C, P = c.hidden_size, c.patch_size
         self.patch_embed = nn.Linear(P * P * c.in_channels, C)
         # fills up batches of unequal sizes in the official code; kept so that files load whole
@@ -154,10 +154,13 @@ class NextDiT(nn.Module):
         proportional_attn  for the same: sharpen self-attention as tokens become more
         Raises ValueError for shapes that do not fit.
         """
-        height, width, P = *latents.shape[-2:], self.config.patch_size
-        check_latents(latents, self.config.in_channels, P, active, cache)
-        check_text(context, context_mask, len(latents), self.config.cross_attention_dim)
-        latents, context = (x.to(self.patch_embed.weight.dtype) for x in (latents, context))
+        c, P, like = self.config, self.config.patch_size, self.patch_embed.weight
+        check_latents(latents, c.in_channels, P, active, cache, like)
+        check_text(context, context_mask, len(latents), c.cross_attention_dim, like)
+        watershed = checks.number("scaling_watershed", scaling_watershed, -math.inf)
+        checks.flag("proportional_attn", proportional_attn)
+        height, width = latents.shape[-2:]
+        latents, context = (x.to(like.dtype) for x in (latents, context))
         time = 1 - batch_sigma(sigma, latents)  # (B,), from 0 = noise to 1 = image
 
         # 1. Keep the active rows of all image tokens, embed and position them.
@@ -168,7 +171,7 @@ class NextDiT(nn.Module):
             rows, tokens = flat_rows(active, N), active  # (B, K) both
             patches = take(patches, rows)  # (B, K, in_channels*P*P)
         x = self.patch_embed(patches)  # (B, K, C)
-        rope = self._rotations(tokens, height // P, width // P, time, scaling_watershed)
+        rope = self._rotations(tokens, height // P, width // P, time, watershed)
 
         # 2. Every block: active queries attend to all keys and values, fresh or cached.
         mask = context_mask.bool()

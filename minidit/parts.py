@@ -7,12 +7,13 @@ D head width, C channels, P patch.
 from __future__ import annotations
 
 import math
-from dataclasses import fields
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from minidit import checks
 
 Rope = tuple[Tensor, Tensor]  # cosines and sines, see `turns`
 
@@ -183,84 +184,70 @@ def batch_sigma(sigma: Tensor | float, latents: Tensor, name: str = "sigma") -> 
     """The noise level (or what `name` says) as float32, one per sample (B,); raises ValueError for
     any other shape."""
     B = len(latents)
-    sigma = torch.as_tensor(sigma, dtype=torch.float32, device=latents.device)
+    if not isinstance(sigma, Tensor):
+        sigma = torch.tensor(checks.number(name, sigma, -math.inf))
     if sigma.numel() != 1 and sigma.shape != (B,):
         raise ValueError(f"{name} has shape {tuple(sigma.shape)}, must be a number or ({B},)")
-    return sigma.reshape(-1).expand(B)
-
-
-def check_config(config: Any) -> None:
-    """Raise ValueError unless every int field of a config is at least 1."""
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if type(value) is int and value < 1:
-            raise ValueError(f"{field.name} is {value}, must be at least 1")
+    if sigma.is_complex() or sigma.is_meta != latents.is_meta or sigma.layout != torch.strided:
+        raise ValueError(f"{name} is {checks.short(sigma)}, must be a number or ({B},)")
+    return sigma.to(latents.device, torch.float32).reshape(-1).expand(B)
 
 
 def check_latents(
-    latents: Tensor, channels: int, patch: int, active: Tensor | None, cache: Any
+    latents: Tensor, channels: int, patch: int, active: Tensor | None, cache: Any, like: Tensor
 ) -> None:
-    """Raise ValueError unless latents, active tokens and cache fit together."""
-    if latents.ndim != 4 or latents.shape[1] != channels:
-        raise ValueError(
-            f"latents have shape {tuple(latents.shape)}, must be (batch, {channels}, height, width)"
-        )
+    """Raise ValueError unless latents, active tokens and cache fit together; `like` is a weight of
+    the network, whose device they must be on."""
+    checks.floating("latents", latents, "batch", channels, "height", "width", like=like)
     height, width = latents.shape[-2:]
-    if height % patch or width % patch or not height or not width:
+    if height % patch or width % patch or 0 in latents.shape:
         raise ValueError(f"latents are {height}x{width}, both must be multiples of {patch}")
+    if cache is not None and not callable(getattr(cache, "write", None)):
+        raise ValueError(f"cache is {checks.short(cache)}, must be a ras.KVCache or None")
     if active is None:
         return
     tokens = (height // patch) * (width // patch)
     if cache is None:
         raise ValueError("active tokens need a cache that a dense step has filled: pass cache=")
-    if active.dtype != torch.int64 or active.ndim != 2 or len(active) != len(latents):
-        raise ValueError(
-            f"active is {active.dtype} of shape {tuple(active.shape)}, "
-            f"must be int64 of shape ({len(latents)}, count)"
-        )
+    checks.tensor("active", active, len(latents), "count", like=like)
+    if active.dtype != torch.int64:
+        raise ValueError(f"active is {active.dtype}, must be int64")
     if not 1 <= active.shape[1] <= tokens:
         raise ValueError(f"active names {active.shape[1]} tokens, must be 1..{tokens}")
 
 
-def check_prompt(context: Tensor, pooled: Tensor, batch: int, config: Any) -> None:
-    """Raise ValueError unless context is (batch, L, joint_attention_dim) and pooled (batch,
-    pooled_projection_dim)."""
-    wide, narrow = config.joint_attention_dim, config.pooled_projection_dim
-    if context.ndim != 3 or context.shape[0] != batch or context.shape[2] != wide:
-        raise ValueError(
-            f"context has shape {tuple(context.shape)}, must be ({batch}, tokens, {wide})"
-        )
-    if pooled.shape != (batch, narrow):
-        raise ValueError(f"pooled has shape {tuple(pooled.shape)}, must be ({batch}, {narrow})")
+def check_prompt(context: Tensor, pooled: Tensor, latents: Tensor, config: Any) -> None:
+    """Raise ValueError unless context is (B, L, joint_attention_dim) and pooled (B,
+    pooled_projection_dim), as latents (B, ...) are."""
+    wide, narrow, B = config.joint_attention_dim, config.pooled_projection_dim, len(latents)
+    checks.floating("context", context, B, "tokens", wide, like=latents)
+    checks.floating("pooled", pooled, B, narrow, like=latents)
 
 
-def check_text(context: Tensor, context_mask: Tensor, batch: int, width: int) -> None:
+def check_text(context: Tensor, context_mask: Tensor, batch: int, width: int, like: Tensor) -> None:
     """Raise ValueError unless context is (batch, L, width), not empty, and its mask (batch, L)."""
-    shape = tuple(context.shape)
-    if context.ndim != 3 or shape[0] != batch or not shape[1] or shape[2] != width:
-        raise ValueError(f"context has shape {shape}, must be ({batch}, tokens, {width})")
-    if context_mask.shape != context.shape[:2]:
-        raise ValueError(f"context_mask has shape {tuple(context_mask.shape)}, must be {shape[:2]}")
+    checks.floating("context", context, batch, "tokens", width, like=like)
+    if not context.shape[1]:
+        raise ValueError(f"context has shape {tuple(context.shape)}, must have at least 1 token")
+    checks.tensor("context_mask", context_mask, *context.shape[:2], like=like)
 
 
 def check_ids(
-    ids: Tensor, vocab_size: int, max_length: int | None = None, mask: Tensor | None = None
+    ids: Tensor, table: nn.Embedding, max_length: int | None = None, mask: Tensor | None = None
 ) -> None:
-    """Raise ValueError unless ids are integers (B, L), 1 <= L <= max_length, below vocab_size.
+    """Raise ValueError unless ids are integers (B, L), 1 <= L <= max_length, and in the table.
 
     The range is checked because a lookup out of range ends a CUDA process. A mask must be (B, L).
     """
-    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"ids are {getattr(ids, 'dtype', type(ids))}, must be an int64 tensor")
-    if ids.ndim != 2 or not ids.numel():
-        raise ValueError(f"ids have shape {tuple(ids.shape)}, must be (batch, tokens), not empty")
+    checks.tensor("ids", ids, "batch", "tokens", like=table.weight)
+    if ids.dtype not in (torch.int32, torch.int64) or not ids.numel():
+        raise ValueError(f"ids are {ids.dtype} {tuple(ids.shape)}, must be int64 and not empty")
     if max_length is not None and ids.shape[1] > max_length:
         raise ValueError(f"ids have {ids.shape[1]} tokens, must be at most {max_length}")
     low, high = ids.aminmax()
-    if low < 0 or high >= vocab_size:
+    if low < 0 or high >= table.num_embeddings:
         raise ValueError(
-            f"ids are within {int(low)}..{int(high)}, must be within 0..{vocab_size - 1}"
+            f"ids are within {int(low)}..{int(high)}, must be within 0..{table.num_embeddings - 1}"
         )
-    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
-        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"mask is {got}, must be a tensor of the shape of ids {tuple(ids.shape)}")
+    if mask is not None:
+        checks.tensor("mask", mask, *ids.shape, like=ids)

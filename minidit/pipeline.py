@@ -139,8 +139,7 @@ class Pipeline:
         checks.choice("output", output, OUTPUTS)
         checks.flag("progress", progress)
         checks.function("callback", callback)
-        if self.device.type == "meta":
-            raise ValueError("this model is on the meta device, which has no data: load it on cpu")
+        self._need_data()
         num_images = checks.integer("num_images", num_images, 1, checks.MOST_PICTURES)
         record = self._record(keep, ras)
         if source:
@@ -212,11 +211,19 @@ class Pipeline:
         self, prompts: list[str], negatives: Sequence[str] = (), **conditioning: Any
     ) -> Cond:
         """The network's conditioning arguments for negatives and prompts, as one batch."""
+        self._need_data()
+        if not isinstance(negatives, list | tuple) or negatives:
+            negatives = checks.texts("negatives", negatives)
+        prompts = checks.texts("prompts", prompts)
         return FAMILIES[self.family].encode(self, prompts, list(negatives), **conditioning)
 
     def to(self, device: str | torch.device) -> Pipeline:
         """Move to a device, where the next call runs; ValueError where it is not available."""
         device, parts = checks.device(device), []
+        if device.type == "meta" != self.device.type:
+            raise ValueError("the meta device has no data: pass device='meta' to load")
+        if device.type != "meta":
+            self._need_data()
         if not self.offload:
             parts = [part for part in vars(self).values() if isinstance(part, nn.Module)]
         try:
@@ -244,6 +251,10 @@ class Pipeline:
             yield module.to(self.device)
         finally:
             module.to("cpu")
+
+    def _need_data(self) -> None:
+        if self.device.type == "meta":
+            raise ValueError("this model is on the meta device, which has no data: load it on cpu")
 
     def _source(self, image: Any, mask: Any, strength: Any, n: int) -> Source | None:
         if image is not None:

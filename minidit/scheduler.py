@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from minidit import checks
 from minidit.flow import check_schedule, flow_sigmas, shifted
 
 SOLVERS = ("euler", "corrected")
@@ -48,8 +49,11 @@ class SchedulerConfig:
     def __post_init__(self) -> None:
         def require(ok: bool, name: str, allowed: str) -> None:
             if not ok:
-                raise ValueError(f"{name} is {getattr(self, name)!r:.80}, must be {allowed}")
+                raise ValueError(
+                    f"{name} is {checks.short(getattr(self, name))}, must be {allowed}"
+                )
 
+        checks.config(self)
         require(0 < self.shift < float("inf"), "shift", "above 0 and finite")
         require(
             self.max_image_seq_len > self.base_image_seq_len,
@@ -67,6 +71,7 @@ class SchedulerConfig:
 
     def steps(self, solver: str) -> int:
         """How many steps a solver takes where nobody says."""
+        checks.choice("solver", solver, SOLVERS)
         return self.default_steps if solver == "euler" else self.corrected_steps
 
     def sigmas(self, steps: int, solver: str, tokens: int) -> Tensor:
@@ -74,8 +79,7 @@ class SchedulerConfig:
 
         Raises ValueError for steps < 1 or an unknown solver.
         """
-        if solver not in SOLVERS:
-            raise ValueError(f"solver is {solver!r:.80}, must be one of {', '.join(SOLVERS)}")
+        checks.choice("solver", solver, SOLVERS)
         shift = self.shift_at(tokens)
         if solver == "corrected":
             return spaced_sigmas(steps, self.corrected_shift or shift)
@@ -84,6 +88,7 @@ class SchedulerConfig:
     def shift_at(self, tokens: int) -> float:
         """The shift of a run over so many image tokens (diffusers pipeline_flux.py,
         calculate_shift)."""
+        checks.integer("tokens", tokens, 1, 2**31)
         if not self.use_dynamic_shifting:
             return self.shift
         length = self.max_image_seq_len - self.base_image_seq_len
@@ -93,6 +98,7 @@ class SchedulerConfig:
 
     def shifted(self, levels: Tensor, tokens: int) -> Tensor:
         """Noise levels of a caller's own, moved towards the noise as this scheduler's are."""
+        checks.floating("levels", levels, "steps + 1")
         return shifted(levels, self.shift_at(tokens)).clamp(max=1)  # rounding goes beyond it
 
 

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidit.parts import attention, check_config, check_ids
+from minidit import checks
+from minidit.parts import attention, check_ids
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,11 @@ class T5Config:
     feed_forward_proj: str = "gated-gelu"
 
     def __post_init__(self) -> None:
-        check_config(self)
+        checks.config(self)
         if self.feed_forward_proj != "gated-gelu":
             raise ValueError(
-                f"feed_forward_proj is {self.feed_forward_proj!r:.80}, must be 'gated-gelu', as in "
-                "T5 v1.1"
+                f"feed_forward_proj is {checks.short(self.feed_forward_proj)}, must be "
+                "'gated-gelu', as in T5 v1.1"
             )
         buckets, distance = (
             self.relative_attention_num_buckets,
@@ -56,7 +57,7 @@ class T5Encoder(nn.Module):
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
-        self.config = c = config
+        self.config = c = checks.instance("config", config, T5Config)
         self.token_embed = nn.Embedding(c.vocab_size, c.d_model)
         self.relative_bias = nn.Embedding(c.relative_attention_num_buckets, c.num_heads)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_layers))
@@ -68,7 +69,7 @@ class T5Encoder(nn.Module):
         mask (B, L), 1 for tokens to attend to, is there for completeness: SD3 passes none, so that
         padding is attended to. Raises ValueError for ids or a mask that do not fit.
         """
-        check_ids(ids, self.config.vocab_size, mask=mask)
+        check_ids(ids, self.token_embed, mask=mask)
         bias = self._position_bias(ids.shape[1])  # (1, H, L, L)
         if mask is not None:
             # the lowest finite number: a row that may attend to nothing must not become NaN

@@ -21,6 +21,9 @@ import torch
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
+from minidit import checks
+
+MOST_TOKENS = 2**20  # of a row
 END = "</w>"  # CLIP's mark on the last piece of a word
 
 
@@ -51,15 +54,14 @@ class CLIPTokenizer:
         special_lower: dict[str, int] | None = None,
         model_max_length: int | None = None,
     ) -> None:
+        checks.ids("vocab", vocab)
+        for name, ids in (("special", special), ("special_lower", special_lower)):
+            checks.ids(name, {} if ids is None else ids)
         for piece in (bos, eos, unk, pad):
-            if piece not in vocab:
-                raise ValueError(f"the vocabulary has no special token {piece!r:.80}")
-        for pair in merges:
-            for piece in (*pair, "".join(pair)):
-                if piece not in vocab:
-                    raise ValueError(
-                        f"the vocabulary has no {piece!r:.80} for the merge {pair!r:.80}"
-                    )
+            if not isinstance(piece, str) or piece not in vocab:
+                raise ValueError(f"the vocabulary has no special token {checks.short(piece)}")
+        _check_merges(merges, vocab)
+        _check_length(model_max_length)
         lower = special_lower or {}
         named = {piece: vocab[piece] for piece in (bos, eos, unk, pad) if piece not in lower}
         self.special = Special(named | (special or {}))
@@ -80,9 +82,9 @@ class CLIPTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The lower-case text of ids, special tokens spelled out; ValueError for unknown ids."""
         data = bytearray()
-        for id in ids:
+        for id in _listed(ids):
             if id not in self.pieces:
-                raise ValueError(f"id {id} is not in the vocabulary")
+                raise ValueError(f"id {checks.short(id)} is not in the vocabulary")
             piece = self.pieces[id]
             data += b"".join(BYTES.get(c) or c.encode() for c in piece.removesuffix(END))
             data += b" " * (piece.endswith(END) or id in self.special.names)
@@ -184,8 +186,15 @@ class SentencePieceTokenizer:
         pad_to: int | None = None,
         model_max_length: int | None = None,
     ) -> None:
-        if padding_side not in ("left", "right"):
-            raise ValueError(f"padding_side is {padding_side!r:.80}, must be 'left' or 'right'")
+        checks.instance("model", model, SentencePieceProcessor)
+        checks.ids("special", special)
+        checks.choice("padding_side", padding_side, ("left", "right"))
+        for piece in (pad, start, end):
+            if piece is not None and not (isinstance(piece, str) and piece in special):
+                raise ValueError(f"special has no token {checks.short(piece)}")
+        if pad_to is not None:
+            checks.integer("pad_to", pad_to, 1, MOST_TOKENS)
+        _check_length(model_max_length)
         self.model = model
         self.special = Special(special)
         self.pad_id = special[pad]
@@ -200,7 +209,10 @@ class SentencePieceTokenizer:
         return [*self.start, *ids, *self.end]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, special tokens spelled out."""
+        """The text of ids, special tokens spelled out; ValueError for unknown ids."""
+        for id in _listed(ids):
+            if id not in self.special.names and not 0 <= id < self.model.get_piece_size():
+                raise ValueError(f"id {checks.short(id)} is not in the vocabulary")
         return self.special.decode(ids, self.model.decode)
 
     def __call__(
@@ -215,7 +227,7 @@ class SentencePieceTokenizer:
         """
         pad_to = self.pad_to if pad_to is None else pad_to
         if pad_to is not None:
-            _check_size("pad_to", pad_to, 1)
+            checks.integer("pad_to", pad_to, 1, MOST_TOKENS)
         rows = _cut_rows(self, prompts, max_length, self.end)
         longest = max(1, *map(len, rows))
         width = max_length if pad_to is None else -(-longest // pad_to) * pad_to
@@ -260,10 +272,33 @@ class Special:
         return " ".join(part for part in (*parts, plain(run)) if part)
 
 
+def _check_merges(merges: Sequence[tuple[str, str]], vocab: dict[str, int]) -> None:
+    if not isinstance(merges, list | tuple):
+        raise ValueError(f"merges is {checks.short(merges)}, must be a list of pairs")
+    for pair in merges:
+        if not isinstance(pair, tuple) or [*map(type, pair)] != [str, str]:
+            raise ValueError(f"merges has {checks.short(pair)}, must be a pair of strings")
+        for piece in (*pair, "".join(pair)):
+            if piece not in vocab:
+                what = f"{checks.short(piece)} for the merge {checks.short(pair)}"
+                raise ValueError(f"the vocabulary has no {what}")
+
+
+def _check_length(model_max_length: int | None) -> None:
+    if model_max_length is not None:
+        checks.integer("model_max_length", model_max_length, 1)
+
+
+def _listed(ids: Sequence[int]) -> Sequence[int]:
+    """The ids, if they are."""
+    if not isinstance(ids, list | tuple) or not all(type(id) is int for id in ids):
+        raise ValueError(f"ids are {checks.short(ids)}, must be a list of integers")
+    return ids
+
+
 def _well_formed(text: str) -> str:
     """The text with lone surrogates, which have no UTF-8, replaced by U+FFFD."""
-    if not isinstance(text, str):
-        raise ValueError(f"a prompt is {text!r:.80}, must be a string")
+    text = checks.text("a prompt", text)
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
@@ -274,11 +309,13 @@ def _cut_rows(
     end: list[int],
 ) -> list[list[int]]:
     """Ids of each prompt, at most max_length and the last of them `end` even if it was cut."""
-    _check_size("max_length", max_length, 2)
+    checks.integer("max_length", max_length, 2, MOST_TOKENS)
     if isinstance(prompts, str):
         prompts = [prompts]
     if not isinstance(prompts, list | tuple) or not prompts:
-        raise ValueError(f"prompts are {prompts!r:.80}, must be a string or a list of at least one")
+        raise ValueError(
+            f"prompts are {checks.short(prompts)}, must be a string or a list of at least one"
+        )
     rows = []
     for prompt in prompts:
         ids = tokenizer.encode(prompt)
@@ -286,14 +323,10 @@ def _cut_rows(
             kept = max_length - len(end)
             lost = tokenizer.decode(ids[kept : len(ids) - len(end)])
             warnings.warn(
-                f"prompt has {len(ids)} tokens and the window {max_length}: {lost!r} is cut off",
+                f"prompt has {len(ids)} tokens and the window {max_length}: {checks.short(lost)} "
+                "is cut off",
                 stacklevel=3,  # whoever called the tokenizer
             )
             ids = ids[:kept] + end
         rows.append(ids)
     return rows
-
-
-def _check_size(name: str, value: int, lowest: int) -> None:
-    if type(value) is not int or value < lowest:
-        raise ValueError(f"{name} is {value!r}, must be an integer of at least {lowest}")

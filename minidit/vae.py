@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidit import checks
-from minidit.parts import attention, check_config, fast_layout, silu_
+from minidit.parts import attention, fast_layout, silu_
 from minidit.strips import decode_in_strips
 
 ONE_PIECE = 128 * 128  # latents of the largest picture decoded in one piece: 1024 x 1024 pixels
@@ -52,7 +52,7 @@ class VAEConfig:
         return 2 ** (len(self.block_out_channels) - 1)
 
     def __post_init__(self) -> None:
-        check_config(self)
+        checks.config(self)
         widths, groups = self.block_out_channels, self.norm_num_groups
         if not widths or any(width < 1 or width % groups for width in widths):
             raise ValueError(
@@ -66,7 +66,7 @@ class VAEConfig:
                     f"{name}_block_types is {str(types):.80}, must be {len(widths)} x {kind!r}"
                 )
         if self.act_fn != "silu":
-            raise ValueError(f"act_fn is {self.act_fn!r:.80}, must be 'silu'")
+            raise ValueError(f"act_fn is {checks.short(self.act_fn)}, must be 'silu'")
         if not self.mid_block_add_attention:
             raise ValueError("mid_block_add_attention is False, must be True")
         if not math.isfinite(self.scaling_factor) or self.scaling_factor == 0:
@@ -78,7 +78,7 @@ class AutoencoderKL(nn.Module):
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
-        self.config = c = config
+        self.config = c = checks.instance("config", config, VAEConfig)
         self.encoder = Encoder(c)
         self.decoder = Decoder(c)
         z = c.latent_channels
@@ -92,7 +92,7 @@ class AutoencoderKL(nn.Module):
         Raises ValueError unless config.downscale divides H and W.
         """
         c = self.config
-        check_pixels(image, c.in_channels, "image")
+        check_pixels(image, c.in_channels, "image", self.encoder.conv_in.weight)
         height, width = image.shape[-2:]
         if height % c.downscale or width % c.downscale:
             raise ValueError(f"image is {height}x{width}, both must be multiples of {c.downscale}")
@@ -130,7 +130,7 @@ class AutoencoderKL(nn.Module):
         Raises ValueError for latents of another shape or type, or a tile below 1.
         """
         c = self.config
-        check_pixels(latents, c.latent_channels, "latents")
+        check_pixels(latents, c.latent_channels, "latents", self.decoder.conv_in.weight)
         height, width = latents.shape[-2:]
         if tile is None:
             tile = height if height * width <= ONE_PIECE else max(1, STRIP // width)
@@ -139,7 +139,7 @@ class AutoencoderKL(nn.Module):
         z = latents.to(torch.promote_types(latents.dtype, self.decoder.conv_in.weight.dtype))
         z = z / c.scaling_factor + (c.shift_factor or 0.0)
         z = self.post_quant_conv(self._arranged(z))
-        strips = math.ceil(height / tile)
+        strips = -(-height // tile)
         x = self.decoder(z) if strips == 1 else decode_in_strips(self.decoder, z, strips)
         return x.contiguous()
 
@@ -292,14 +292,9 @@ def group_norm(width: int, groups: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, width, eps=1e-6)
 
 
-def check_pixels(x: Tensor, channels: int, name: str) -> None:
-    """Raise ValueError unless x is (B, channels, H, W), not empty and floating point."""
-    if not isinstance(x, Tensor):
-        raise ValueError(f"{name} is {checks.short(x)}, must be a tensor")
-    if x.ndim != 4 or x.shape[1] != channels or 0 in x.shape:
-        raise ValueError(
-            f"{name} has shape {tuple(x.shape)}, "
-            f"must be (batch, {channels}, height, width) and not empty"
-        )
-    if not x.is_floating_point():
-        raise ValueError(f"{name} is {x.dtype}, must be floating point")
+def check_pixels(x: Tensor, channels: int, name: str, like: Tensor) -> None:
+    """Raise ValueError unless x is (B, channels, H, W), not empty, floating point, and where the
+    weights are."""
+    checks.floating(name, x, "batch", channels, "height", "width", like=like)
+    if 0 in x.shape:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, must not be empty")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ras.plan import Step, is_count, is_number, plan_steps
+from ras.plan import Step, plan_steps
 from ras.select import SCORES, History, Region, select_tokens
 from ras.upstream import Upstream
+from ras.values import is_count, is_number, short
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class RASConfig:
     def __post_init__(self) -> None:
         def require(ok: bool, name: str, allowed: str) -> None:
             if not ok:
-                raise ValueError(f"{name} is {getattr(self, name)!r:.80}, must be {allowed}")
+                raise ValueError(f"{name} is {short(getattr(self, name))}, must be {allowed}")
 
         def share(value: object) -> bool:
             return is_number(value) and not is_count(value) and 0 < value < 1
@@ -53,7 +54,7 @@ class RASConfig:
             return share(value) or (is_count(value) and value >= least)
 
         for name in ("ratio", "fall", "starvation"):
-            require(is_number(getattr(self, name)), name, "a number")
+            require(is_number(getattr(self, name)), name, "a finite number")
         require(0 < self.ratio <= 1, "ratio", "in (0, 1]")
         low, high = self.ratio - abs(self.fall) / 2, self.ratio + abs(self.fall) / 2
         if not (low > 0 and high <= 1):
@@ -97,8 +98,8 @@ class RASConfig:
     @staticmethod
     def preset(name: str) -> RASConfig | Upstream:
         """A named configuration: see `PRESETS`. Raises KeyError for an unknown name."""
-        if name not in PRESETS:
-            raise KeyError(f"there is no preset {name!r}, only {', '.join(PRESETS)}")
+        if not isinstance(name, str) or name not in PRESETS:
+            raise KeyError(f"there is no preset {short(name)}, only {', '.join(PRESETS)}")
         return PRESETS[name]
 
 

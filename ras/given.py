@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from numbers import Real
 
 import torch
 from torch import Tensor
 
-from ras.plan import Step, is_count, is_number
+from ras.plan import Step, check_size
 from ras.record import Record
 from ras.select import History, Region
+from ras.values import is_count, short
 
 EVERY = 3  # measured (docs/edit.md)
 
@@ -43,12 +45,20 @@ class Given:
     first: int = 0
 
     def __post_init__(self) -> None:
-        if not is_number(self.ring) or not self.ring >= 0:
-            raise ValueError(f"ring is {self.ring!r:.80}, must be a number of at least 0")
+        real = isinstance(self.ring, Real) and not isinstance(self.ring, bool)
+        if not real or not self.ring >= 0:
+            raise ValueError(f"ring is {short(self.ring)}, must be a number of at least 0")
         if self.every is not None and not (is_count(self.every) and self.every >= 1):
             raise ValueError(
-                f"every is {self.every!r:.80}, must be None or an integer of at least 1"
+                f"every is {short(self.every)}, must be None or an integer of at least 1"
             )
+
+        for name, kind in (("mask", Tensor), ("record", Record)):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                raise ValueError(f"{name} is {short(value)}, must be a {kind.__name__} or None")
+        if not is_count(self.first) or self.first < 0:
+            raise ValueError(f"first is {short(self.first)}, must be an integer of at least 0")
 
     def at(self, mask: Tensor, record: Record | None = None, first: int = 0) -> Given:
         """The same for a mask, and for a record from this step on."""
@@ -58,6 +68,7 @@ class Given:
     def plan(self, steps: int, tokens: int) -> tuple[Step, ...]:
         """As many active tokens in every regional step as the largest mask of the batch has with
         its ring; the others' rings are wider. Read from the device here, before the run."""
+        check_size(steps, tokens)
         if self.mask is None:
             raise ValueError("ras.Given needs a mask: pass mask=, or another ras=")
         if self.mask[0].numel() != tokens:

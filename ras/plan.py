@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from numbers import Integral, Real
 from typing import TYPE_CHECKING, NamedTuple
+
+from ras.values import is_count, short
 
 if TYPE_CHECKING:
     from ras.config import RASConfig
     from ras.upstream import Upstream
+
+MOST_STEPS = 10_000
 
 
 class Step(NamedTuple):
@@ -22,10 +25,18 @@ def plan(config: RASConfig | Upstream, steps: int, tokens: int) -> tuple[Step, .
 
     Raises ValueError where the config does not fit a run of this length and size.
     """
+    if not callable(getattr(config, "plan", None)) or isinstance(config, type):
+        raise ValueError(f"config is {short(config)}, must be a ras.RASConfig or alike")
+    return config.plan(steps, tokens)
+
+
+def check_size(steps: int, tokens: int) -> None:
+    """Raise ValueError unless a run can have so many steps and image tokens."""
     for name, value in (("steps", steps), ("tokens", tokens)):
         if not is_count(value) or value < 1:
-            raise ValueError(f"{name} is {value!r}, must be an integer of at least 1")
-    return config.plan(steps, tokens)
+            raise ValueError(f"{name} is {short(value)}, must be an integer of at least 1")
+    if steps > MOST_STEPS:
+        raise ValueError(f"steps is {steps}, must be at most {MOST_STEPS}")
 
 
 def plan_steps(config: RASConfig, steps: int, tokens: int) -> tuple[Step, ...]:
@@ -35,6 +46,7 @@ def plan_steps(config: RASConfig, steps: int, tokens: int) -> tuple[Step, ...]:
     regional with round(ratio * tokens) active tokens, at least 1. All tokens active means dense,
     and so is a run that is too short for a regional step.
     """
+    check_size(steps, tokens)
     start = max(1, _steps(config.start, steps))
     end = steps - 1 if config.end is None else config.end
     if not is_count(end):
@@ -79,13 +91,3 @@ def _counts(config: RASConfig, regional: int, tokens: int) -> list[int]:
         ratio = config.ratio - config.fall * position
         counts.append(min(tokens, max(1, round(ratio * tokens))))
     return counts
-
-
-def is_count(value: object) -> bool:
-    """Whether it is an integer, numpy's included; booleans are not."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def is_number(value: object) -> bool:
-    """Whether it is a real number, numpy's included; booleans are not."""
-    return isinstance(value, Real) and not isinstance(value, bool)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ras.cache import KVCache
-from ras.plan import is_count
 from ras.tokens import put_
+from ras.values import is_count, short
 
 
 class Record:
@@ -29,7 +29,7 @@ class Record:
 
     def __init__(self, every: int = 1, device: torch.device | str | None = None) -> None:
         if not is_count(every) or every < 1:
-            raise ValueError(f"every is {every!r:.80}, must be an integer of at least 1")
+            raise ValueError(f"every is {short(every)}, must be an integer of at least 1")
         self.every, self.device = every, device
         self.levels: list[float] = []  # (steps + 1,) of the run
         self.path: list[Tensor] = []  # latents at every level, (B, C, H, W) each

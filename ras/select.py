@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from ras.values import short
+
 if TYPE_CHECKING:
     from ras.cache import KVCache
     from ras.config import RASConfig
@@ -92,7 +94,7 @@ def priority(config: RASConfig, history: History) -> Tensor:
     score = SCORES[config.score](history)
     wanted = tuple(history.age.shape)
     if not isinstance(score, Tensor) or not score.is_floating_point() or score.shape != wanted:
-        got = f"{score.dtype} {tuple(score.shape)}" if isinstance(score, Tensor) else repr(score)
+        got = f"{score.dtype} {tuple(score.shape)}" if isinstance(score, Tensor) else short(score)
         raise ValueError(
             f"score {config.score!r} returned {got:.80}, must be a floating-point tensor {wanted}: "
             "one number a token"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ras.plan import Step
+from ras.values import is_count, short
 
 
 @dataclass
@@ -45,7 +46,13 @@ class Trace:
         return self.token_steps / (len(self.steps) * self.grid[0] * self.grid[1])
 
     def heat(self, sample: int = 0) -> Tensor:
-        """Share of the regional steps in which each token was active, (rows, columns) float32."""
+        """Share of the regional steps in which each token was active, (rows, columns) float32.
+
+        Raises ValueError for a sample that there is not.
+        """
+        count = len(self.active[0]) if self.active else 1
+        if not is_count(sample) or not 0 <= sample < count:
+            raise ValueError(f"sample is {short(sample)}, must be within 0..{count - 1}")
         maps = [a[sample] for a, s in zip(self.active, self.steps, strict=True) if s.regional]
         if not maps:
             return torch.ones(self.grid)

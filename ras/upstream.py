@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 import torch
 
-from ras.plan import is_count, is_number
+from ras.plan import check_size
 from ras.select import SCORES, History, Region
+from ras.values import is_count, is_number, short
 
 
 class OfficialStep(NamedTuple):
@@ -49,10 +50,10 @@ class Upstream:
     def __post_init__(self) -> None:
         def require(ok: bool, name: str, allowed: str) -> None:
             if not ok:
-                raise ValueError(f"{name} is {getattr(self, name)!r:.80}, must be {allowed}")
+                raise ValueError(f"{name} is {short(getattr(self, name))}, must be {allowed}")
 
         for name in ("sample_ratio", "high_ratio", "starvation_scale"):
-            require(is_number(getattr(self, name)), name, "a number")
+            require(is_number(getattr(self, name)), name, "a finite number")
         for name in ("start_step", "end_step"):
             require(is_count(getattr(self, f"scheduler_{name}")), f"scheduler_{name}", "an integer")
         require(is_count(self.skip_num_step), "skip_num_step", "an integer")
@@ -75,6 +76,7 @@ class Upstream:
 
     def plan(self, steps: int, tokens: int) -> tuple[OfficialStep, ...]:
         """The plan of the official code. Raises ValueError where that code crashes or drops all."""
+        check_size(steps, tokens)
         late = [t for t in self.error_reset_steps if t >= steps]
         if late:
             raise ValueError(

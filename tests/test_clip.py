@@ -108,7 +108,7 @@ def test_other_types(encoder: CLIPTextEncoder, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        ([[1, 2]], "ids are"),
+        ([[1, 2]], r"ids is \[\[1, 2\]\], must be a dense tensor"),
         (torch.rand(1, 4), "float32"),
         (torch.zeros(4, dtype=torch.int64), r"\(4,\)"),
         (torch.zeros(2, 0, dtype=torch.int64), r"\(2, 0\)"),

@@ -175,11 +175,14 @@ def test_no_gradients_are_kept():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"latents": torch.zeros(4, 2, 2)}, "latents have shape (4, 2, 2)"),
-        ({"sigmas": torch.ones(1)}, "sigmas have shape (1,)"),
-        ({"latents": 5}, "latents are 5, must be a floating point tensor"),
-        ({"latents": torch.zeros(1, 4, 2, 2, dtype=torch.cfloat)}, "latents are tensor("),
-        ({"sigmas": [1.0, 0.0]}, "sigmas are [1.0, 0.0], must be a floating point tensor"),
+        ({"latents": torch.zeros(4, 2, 2)}, "latents has shape (4, 2, 2), must be (B, C, H, W)"),
+        ({"sigmas": torch.ones(1)}, "sigmas are tensor([1.]), must be (steps + 1,)"),
+        ({"latents": 5}, "latents is 5, must be a dense tensor"),
+        (
+            {"latents": torch.zeros(1, 4, 2, 2, dtype=torch.cfloat)},
+            "latents is torch.complex64, must be",
+        ),
+        ({"sigmas": [1.0, 0.0]}, "sigmas is [1.0, 0.0], must be a dense tensor"),
         ({"cond": None}, "cond is None, must be a dict"),
         ({"uncond": [1], "guidance": 2.0}, "uncond is [1], must be a dict"),
         ({"callback": 5}, "callback is 5, must be a function or None"),

@@ -209,7 +209,7 @@ def test_other_types(config: GemmaConfig, dtype: torch.dtype) -> None:
         (IDS.float(), ONES, "float32"),
         (IDS + 20, ONES, r"must be within 0\.\.49"),
         (torch.zeros(1, 33, dtype=torch.int64), None, "33 tokens, must be at most 32"),
-        (IDS, ONES[:, 1:], r"mask is \(2, 4\)"),
+        (IDS, ONES[:, 1:], r"mask has shape \(2, 4\), must be \(2, 5\)"),
     ],
 )
 def test_bad_inputs_are_named(encoder: GemmaEncoder, ids, mask, message: str) -> None:

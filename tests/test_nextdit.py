@@ -225,7 +225,7 @@ def test_bad_inputs_are_named(change, sentence):
         ({"num_kv_heads": 7}, "num_kv_heads is 7, must divide num_attention_heads = 32"),
         ({"sample_size": 3}, "sample_size is 3, must be at least 4"),
         ({"ffn_dim_multiplier": 0.0}, "ffn_dim_multiplier is 0.0, must be above 0"),
-        ({"norm_eps": float("nan")}, "norm_eps is nan, must be above 0"),
+        ({"norm_eps": float("nan")}, "norm_eps is nan, must be a finite number"),
     ],
 )
 def test_bad_configs_are_named(change, sentence):

@@ -129,8 +129,8 @@ def test_float16_survives_states_that_it_cannot_hold(encoder: T5Encoder) -> None
     [
         (torch.zeros(1, 3), None, "float32"),
         (torch.tensor([[50]]), None, r"must be within 0\.\.49"),
-        (IDS, torch.ones(2, 7), r"mask is \(2, 7\), must be a tensor of the shape of ids"),
-        (IDS, [[1]], "mask is list"),
+        (IDS, torch.ones(2, 7), r"mask has shape \(2, 7\), must be \(2, "),
+        (IDS, [[1]], r"mask is \[\[1\]\], must be a dense tensor"),
     ],
 )
 def test_bad_inputs_are_named(encoder: T5Encoder, ids, mask, message: str) -> None:

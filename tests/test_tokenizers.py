@@ -203,7 +203,7 @@ def test_what_is_cut_off_is_quoted(tokenizer) -> None:
         ([], 8, r"prompts are \[\], must be a string or a list of at least one"),
         (b"cat", 8, "prompts are b'cat'"),
         (["cat", 3], 8, "a prompt is 3, must be a string"),
-        ("cat", 1, "max_length is 1, must be an integer of at least 2"),
+        ("cat", 1, "max_length is 1, must be an integer within 2.."),
         ("cat", True, "max_length is True"),
         ("cat", 8.0, r"max_length is 8\.0"),
     ],

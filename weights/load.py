@@ -114,8 +114,8 @@ def load_component(
     dtype   what the weights are converted to, whatever floating type they are stored in
     Raises KeyError for another name, FileNotFoundError for missing files, ValueError for the rest.
     """
-    if name not in COMPONENTS:
-        raise KeyError(f"there is no component {name!r}, there are {', '.join(COMPONENTS)}")
+    if not isinstance(name, str) or name not in COMPONENTS:
+        raise KeyError(f"there is no component {short(name)}, there are {', '.join(COMPONENTS)}")
     device, dtype = check_target(device, dtype)
     local = resolve(path, [name])
     if (local / name).is_dir():
@@ -141,7 +141,7 @@ def check_target(
 ) -> tuple[torch.device, torch.dtype]:
     """device and dtype as torch objects; ValueError for what cannot hold a model."""
     allowed = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    if dtype not in allowed:
+    if not isinstance(dtype, torch.dtype) or dtype not in allowed:
         raise ValueError(f"dtype is {short(dtype)}, must be one of {', '.join(map(str, allowed))}")
     return checks.device(device), dtype
 

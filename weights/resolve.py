@@ -14,7 +14,7 @@ from os import PathLike, fspath
 from pathlib import Path
 
 from minidit.checks import reason
-from weights.files import COMPONENTS, FOREIGN, weights_name
+from weights.files import COMPONENTS, FOREIGN, plain, weights_name
 from weights.tokenizers import FILES
 
 PACKAGED = ("mini-sd3", "mini-lumina")
@@ -53,8 +53,8 @@ def resolve(
     if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and local.suffix not in endings:
         return fetch(text, names, weights)
     raise FileNotFoundError(
-        f"there is no file or folder {text}; the embedded models are {' and '.join(PACKAGED)}, "
-        "and a hub id looks like owner/name"
+        f"there is no file or folder {plain(text)}; the embedded models are "
+        f"{' and '.join(PACKAGED)}, and a hub id looks like owner/name"
     )
 
 

@@ -48,7 +48,6 @@ MISTAKES: dict[str, tuple[str, list[tuple[str, str]]]] = {
                 "min(tokens, max(1, int(ratio * tokens)))",
             ),
             ("min(tokens, max(1, round(ratio * tokens)))", "min(tokens, round(ratio * tokens))"),
-            ("isinstance(value, Real) and not isinstance(value, bool)", "isinstance(value, Real)"),
             (
                 "outside = [t for t in refresh if not start <= t <= end]",
                 "outside = [t for t in refresh if not start < t <= end]",
@@ -56,6 +55,15 @@ MISTAKES: dict[str, tuple[str, list[tuple[str, str]]]] = {
             (
                 "regional, stretches = length - count, count + 1",
                 "regional, stretches = length - count, count + 2",
+            ),
+        ],
+    ),
+    "ras/values.py": (
+        "ras_plan",
+        [
+            (
+                "isinstance(value, Real) and not isinstance(value, bool)",
+                "isinstance(value, Real)",
             ),
         ],
     ),
@@ -307,8 +315,11 @@ MISTAKES: dict[str, tuple[str, list[tuple[str, str]]]] = {
                 "lowest = 1 / 1000",
             ),
             ("return shift * s / (1 + (shift - 1) * s)", "return shift * s / (1 + shift * s)"),
-            ('checks.integer("steps", steps, 1)', 'checks.integer("steps", steps, 0)'),
-            ('if not 0 < shift < float("inf"):', 'if not 0 <= shift < float("inf"):'),
+            ('checks.integer("steps", steps, 1,', 'checks.integer("steps", steps, 0,'),
+            (
+                'if not checks.number("shift", shift, 0):',
+                'if checks.number("shift", shift, 0) < 0:',
+            ),
             ("@torch.no_grad()\n", ""),
             ("latents, patch = latents.float(), _patch", "latents, patch = latents, _patch"),
             ("latents, patch, correct, record)", "latents, patch, False, record)"),
@@ -340,7 +351,7 @@ MISTAKES: dict[str, tuple[str, list[tuple[str, str]]]] = {
             ("run.trace if ras else None", "run.trace"),
             ("or isinstance(ras, type)):", "):"),
             ("if any(side % patch for", "if all(side % patch for"),
-            ("len(sigmas) < 2:", "len(sigmas) < 1:"),
+            ("if len(sigmas) < 2 or", "if len(sigmas) < 1 or"),
             (
                 "if guidance.scale == 1:\n        uncond = cond",
                 "if guidance.scale == 1:\n        pass",
@@ -444,8 +455,8 @@ MISTAKES: dict[str, tuple[str, list[tuple[str, str]]]] = {
             ("dtype=torch.float32) / half\n", "dtype=torch.float32) / (half - 1)\n"),
             ("(angles.cos(), angles.sin())", "(angles.sin(), angles.cos())"),
             (
-                "torch.as_tensor(sigma, dtype=torch.float32, device=latents.device)",
-                "torch.as_tensor(sigma, dtype=latents.dtype, device=latents.device)",
+                "sigma.to(latents.device, torch.float32)",
+                "sigma.to(latents.device, latents.dtype)",
             ),
             ('F.gelu(x, approximate="tanh")', "F.gelu(x)"),
             (

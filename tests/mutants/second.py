@@ -246,7 +246,7 @@ SECOND: dict[str, tuple[str, list[tuple[str, str]]]] = {
     "minidit/parts.py": (
         "parts mmdit nextdit clip t5 gemma ras_network",
         [
-            ("low < 0 or high >= vocab_size", "low < 0 or high > vocab_size"),
+            ("low < 0 or high >= table.num_embeddings", "low < 0 or high > table.num_embeddings"),
             ("if not 1 <= active.shape[1] <= tokens:", "if not 0 <= active.shape[1] <= tokens:"),
             (
                 "shift, scale = self.modulation(cond)[:, None]",
