@@ -5,7 +5,7 @@ Scripts import this first, so that Ctrl-C is a word already while torch is impor
 
 from __future__ import annotations
 
-import interrupt  # noqa: F401  # isort: skip
+import weights.interrupt  # noqa: F401  # isort: skip
 
 import argparse
 import os

@@ -14,7 +14,7 @@ not depend on the number of processes.
 
 from __future__ import annotations
 
-import interrupt  # noqa: F401  # isort: skip
+import weights.interrupt  # noqa: F401  # isort: skip
 
 import argparse
 import json

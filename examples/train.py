@@ -25,7 +25,7 @@ rectified flow, first on small pictures, where a step costs a fraction. Matrices
 
 from __future__ import annotations
 
-import interrupt  # noqa: F401  # isort: skip
+import weights.interrupt  # noqa: F401  # isort: skip
 
 import os
 

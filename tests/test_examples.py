@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import re
 import signal
 import subprocess
@@ -21,7 +22,8 @@ import minidit
 import ras
 from ras import Step, Trace
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
 TINY = ["a cat", "--model", str(GOLDENS / "pipe_sd3"), "--size", "48x32", "--guidance", "3"]
 
 
@@ -188,22 +190,30 @@ def test_ctrl_c_is_a_word_and_status_130(capsys):
     assert ending(raising(KeyboardInterrupt), capsys) == (130, "stopped\n")
 
 
-def test_ctrl_c_is_a_word_while_modules_are_imported():
-    code = "import interrupt; raise KeyboardInterrupt"
+@pytest.mark.parametrize("program", [[str(EXAMPLES / "sample.py")], ["-m", "weights", "inspect"]])
+def test_ctrl_c_is_a_word_while_modules_are_imported(program, tmp_path):
+    stop = "import os, signal; os.kill(os.getpid(), signal.SIGINT)\nfor _ in iter(int, 1): pass"
+    (tmp_path / "torch.py").write_text(stop)
+    paths = os.pathsep.join((str(tmp_path), str(ROOT)))
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=EXAMPLES
-    )
-    assert done.returncode in (130, -signal.SIGINT) and done.stderr == "stopped\n"
-    done = subprocess.run(
-        [sys.executable, "-c", "import interrupt; 1 / 0"], capture_output=True, text=True,
-        cwd=EXAMPLES,
+        [sys.executable, *program], capture_output=True, text=True, cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": paths},
     )  # fmt: skip
-    assert "ZeroDivisionError" in done.stderr and done.returncode == 1
+    assert done.returncode in (130, -signal.SIGINT) and done.stderr == "stopped\n"
+
+
+def test_other_errors_while_modules_are_imported_keep_their_traceback():
+    code = "import weights.interrupt; 1 / 0"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
+
+
+def test_what_makes_ctrl_c_a_word_is_imported_first():
     for path in EXAMPLES.glob("*.py"):
         text = path.read_text()
         first = re.search(r"^(import|from) (?!__future__).*", text, re.MULTILINE)
         if "run(main)" in text and path.name != "cli.py":
-            assert first[0].startswith(("import cli ", "import interrupt ")), path
+            assert first[0].startswith(("import cli ", "import weights.interrupt ")), path
 
 
 def test_a_png_carries_what_it_was_drawn_with(run, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weights.interrupt  # noqa: F401  # isort: skip
+
 import argparse
 import math
 import sys
