@@ -7,8 +7,13 @@ from __future__ import annotations
 
 import weights.interrupt  # noqa: F401  # isort: skip
 
-import argparse
 import os
+
+# threads that wait asleep: torch's own spin, and where other programs want the cores two threads
+# then take seven times as long as one
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import argparse
 import re
 import sys
 import warnings
@@ -77,9 +82,9 @@ def load_model(args: argparse.Namespace, **options) -> minidit.Pipeline:
 def set_threads(threads: int | None, transformer: torch.nn.Module) -> None:
     """As many as asked for; else one for a small model, unless OMP_NUM_THREADS says otherwise.
 
-    Threads of a small model wait for each other at every layer, and where other programs keep the
-    cores busy they wait long: mini-lumina took 22 s instead of 1.5 s with two threads on two cores
-    of load 3.
+    Threads of a small model wait for each other at every layer, and gain nothing: on two cores of
+    load 8, 3 steps of mini-lumina took 8.0 s with one thread, 8.1 s with two that sleep while they
+    wait, and 57 s with two that spin.
     """
     small = sum(p.numel() for p in transformer.parameters()) < SMALL
     if threads is None and small and "OMP_NUM_THREADS" not in os.environ:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import minidit
 from minidit import denoise, flow_sigmas
-from minidit.edit import first_step, latent_masks, read_pictures, to_grey, to_rgb
+from minidit.edit import Source, first_step, latent_masks, read_pictures, to_grey, to_rgb
 from minidit.flow import Known
 from ras import Given, RASConfig, Record
 from ras.plan import Step
@@ -387,7 +387,55 @@ def test_a_guided_drawing_serves_edits_without_guidance_and_several_of_them(pipe
         assert not torch.allclose(some.latents[0], each.latents[0], atol=1e-3)
 
 
+def test_without_guidance_the_prompts_half_of_a_guided_step_is_read():
+    record, rows = Record(every=2), torch.tensor([[0]])
+    record.start([1.0, 0.5, 0.25, 0.0], torch.zeros(1, 1, 2, 2), False)
+    halves = torch.tensor([[-1.0, -1.0], [1.0, 3.0]]).view(2, 2, 1, 1)  # negative prompt first
+    for step in (0, 2):
+        record.cache(step).write("layer", halves + step, halves, None)
+    fresh = torch.full((1, 1, 1, 1), 9.0)
+    for step, there in ((0, 3.0), (1, 3.0 + 2 * (1.0 - 0.5) / (1.0 - 0.25)), (2, 5.0)):
+        k, v = record.recall(step, 1).write("layer", fresh, fresh, rows)
+        assert k.flatten().tolist() == pytest.approx([9, there])
+        assert v.flatten().tolist() == [9, 3]
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_an_edit_of_less_strength_goes_on_where_the_drawing_was(strength, monkeypatch):
+    """With the drawing's own prompt it follows the drawing from its first step on, of which it has
+    the latents, and the keys and values."""
+    pipe = pipeline("pipe_sd3_inpaint")
+    out = call(pipe, height=32, width=48, keep=True, steps=4)
+    steps, recall = [], Record.recall
+    monkeypatch.setattr(
+        Record, "recall", lambda self, step, batch: steps.append(step) or recall(self, step, batch)
+    )
+    levels = []
+    edited = pipe.edit(
+        out, BOX, "a cat", guidance=3.0, strength=strength, seed=0, ras=Given(0),
+        callback=lambda i, sigma, *_: levels.append(sigma),
+    )  # fmt: skip
+    first = 4 - round(4 * strength)
+    assert steps == [0, 1, 2, 3][first:] and levels == out.record.levels[first:-1]
+    kept = ~latent_masks([to_grey(BOX)], 8)[0, 0]
+    assert edited.latents[..., kept].equal(out.latents[..., kept])
+    source = Source(out, BOX, strength, 1, 16)
+    _, known = source.start(
+        pipe, torch.zeros_like(out.latents), source.levels(torch.tensor(out.record.levels))
+    )
+    assert len(known.path) == 5 - first
+    for mine, recorded in zip(known.path, out.record.path[first:], strict=True):
+        assert mine.equal(recorded)
+
+
 # ---------------------------------------------------------------- reading pictures
+
+
+@pytest.mark.parametrize(("grey", "drawn"), [(0, False), (127, False), (128, True), (255, True)])
+def test_by_latents_white_begins_at_128_of_the_first_pixel(grey, drawn):
+    mask = Image.new("L", (16, 8), 255 - grey)
+    mask.putpixel((8, 0), grey)
+    assert latent_masks([mask], 8)[0, 0, 0, 1].item() is drawn
 
 
 def test_pictures_of_every_mode_are_read_as_people_see_them():

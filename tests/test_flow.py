@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -91,6 +92,19 @@ def test_guidance_is_uncond_plus_scaled_difference():
     sigmas = torch.tensor([1.0, 0.0])
     latents, _ = denoise(model, torch.zeros(2, 4, 2, 2), sigmas, three, one, 5.0)
     assert latents[:, 0, 0, 0].tolist() == [-(1 + 5 * 2), -(2 + 5 * 1)]
+
+
+@pytest.mark.parametrize("patch", [1, 2, 4])
+def test_a_token_is_a_patch_of_the_model(patch):
+    class Model:
+        config = SimpleNamespace(patch_size=patch)
+
+        def __call__(self, latents, sigma, active=None, cache=None):
+            return torch.zeros_like(latents)
+
+    config = RASConfig(ratio=0.5, start=1, end=None, refresh=0)
+    _, trace = denoise(Model(), noise(1, 8, 12), flow_sigmas(4, 3.0), {}, ras=config)
+    assert trace.grid == (8 // patch, 12 // patch)
 
 
 def test_guidance_one_does_not_run_the_unconditional_half():

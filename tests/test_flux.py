@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import minidit
 from minidit import Flux, FluxConfig
+from minidit.flux import clip
 from minidit.parts import rotate
 
 CASE = GOLDENS / "flux_dev"
@@ -103,6 +104,12 @@ def test_half_precision_keeps_noise_levels_guidance_and_angles_in_float32():
         assert not one.equal(other), name
 
 
+def test_clip_bounds_float16_at_both_ends_and_nothing_else():
+    ends = torch.tensor([-torch.inf, -1.0, 2.0, torch.inf])
+    assert clip(ends.half()).tolist() == [-65504, -1, 2, 65504]
+    assert clip(ends).equal(ends) and clip(ends.bfloat16()).equal(ends.bfloat16())
+
+
 def test_float16_clips_the_residual_stream_instead_of_becoming_infinite():
     config = tiny_model("flux-schnell").config
     model = randomised(Flux(config)).to(torch.float16)
@@ -164,6 +171,7 @@ def test_schnell_has_no_guidance():
         ({"axes_dims_rope": (64, 64)}, "axes_dims_rope is (64, 64), must be three even numbers"),
         ({"axes_dims_rope": (16, 55, 57)}, "must be three even numbers"),
         ({"attention_head_dim": 64}, "must sum to attention_head_dim = 64"),
+        ({"attention_head_dim": 130}, "must sum to attention_head_dim = 130"),
     ],
 )
 def test_bad_configs_are_named(change, sentence):

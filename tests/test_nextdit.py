@@ -221,6 +221,7 @@ def test_bad_inputs_are_named(change, sentence):
     ("change", "sentence"),
     [
         ({"num_layers": 0}, "num_layers is 0, must be at least 1"),
+        ({"hidden_size": 64}, "hidden_size is 64, must be a multiple of 4"),
         ({"hidden_size": 2300}, "hidden_size is 2300, must be a multiple of 4"),
         ({"num_kv_heads": 7}, "num_kv_heads is 7, must divide num_attention_heads = 32"),
         ({"sample_size": 3}, "sample_size is 3, must be at least 4"),

@@ -446,6 +446,7 @@ BAD = [
     ({"width": True}, "width is True, must be an integer"),
     ({"height": 32.0}, "height is 32.0, must be an integer"),
     ({"height": 16 * 10**8}, "height is 1600000000 and width 48, at most 67,108,864"),
+    ({"height": 16000, "width": 16000}, "height is 16000 and width 16000, at most 67,108,864"),
     ({"steps": 0}, "steps is 0, must be an integer within 1..10000"),
     ({"steps": 10**12}, "steps is 1000000000000, must be an integer within 1..10000"),
     ({"steps": True}, "steps is True"),

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ras
-from ras import RASConfig, Upstream, plan
+from ras import PRESETS, RASConfig, Upstream, plan
 
 ratios = st.floats(0.01, 1.0, exclude_max=True)
 
@@ -233,6 +233,8 @@ def test_presets():
 def test_with_ratio_reaches_the_official_settings_too():
     assert RASConfig.preset("paper").with_ratio(0.25).ratio == 0.25
     assert RASConfig.preset("upstream_sd3").with_ratio(0.25).sample_ratio == 0.25
+    for preset in PRESETS.values():  # and nothing else
+        assert preset.with_ratio(0.5).with_ratio(getattr(preset, "ratio", 0.5)) == preset
 
 
 def test_upstream_counts_as_its_scripts_have_them():

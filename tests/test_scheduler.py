@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 import torch
@@ -29,6 +30,21 @@ def test_even_levels_have_no_denser_ends_and_corrected_ones_have(steps, shift):
     even = torch.linspace(1, 0, steps + 1)
     assert torch.allclose(even_sigmas(steps, shift), shift * even / (1 + (shift - 1) * even))
     assert spaced_sigmas(steps, shift).equal(spaced_sigmas(steps, shift, 1.25))
+
+
+@given(st.integers(1, 60), st.sampled_from([1.0, 3.0, 1.15]))
+def test_levels_are_rounded_to_float32_once(steps, shift):
+    exact = [Fraction(steps - i, steps) for i in range(steps + 1)]
+    exact = [shift * s / (1 + Fraction(shift - 1) * s) for s in exact]
+    levels = even_sigmas(steps, shift).tolist()
+    for level, true in zip(levels, exact, strict=True):
+        assert abs(level - float(true)) <= 2**-25 * 1.001, (steps, shift)
+
+
+def test_guidance_of_1_is_a_default_as_any_other():
+    assert SchedulerConfig(default_guidance=1.0).default_guidance == 1
+    with pytest.raises(ValueError, match="default_guidance is 0.5, must be at least 1"):
+        SchedulerConfig(default_guidance=0.5)
 
 
 def test_every_solver_has_its_levels_steps_and_shift():
