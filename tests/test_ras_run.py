@@ -136,6 +136,14 @@ def test_heat_counts_the_regional_steps_of_one_sample(data, batch, grid):
     assert trace.heat().equal(trace.heat(0))
 
 
+def test_a_cache_moves_with_those_of_further_passes():
+    cache, rows = KVCache(), torch.zeros(1, 3, 1, 2)
+    cache.write("layer", rows, rows, None)
+    cache.apart("pass").write("layer", rows, rows, None)
+    cache.to("meta")
+    assert all(x.is_meta for each in (cache, cache.apart("pass")) for x in each["layer"])
+
+
 def test_a_cache_holds_the_rows_of_the_last_time_and_frees_all():
     cache, fused = KVCache(), torch.randn(2, 3, 5, 1, 2)  # k, v and more of one projection
     k, v = fused.unbind(1)[:2]

@@ -532,7 +532,7 @@ MISTAKES: dict[str, tuple[str, list[tuple[str, str]]]] = {
             ("context.sum(1, dtype=torch.float32)", "context.sum(1)"),
             ("mask.sum(1, keepdim=True).clamp(min=1)", "context.shape[1]"),
             ("mask.sum(1, keepdim=True).clamp(min=1)", "mask.sum(1, keepdim=True)"),
-            ("(mask | ~mask.any(1, keepdim=True))[:, None, None]", "mask[:, None, None]"),
+            ("(mask | ~mask.any(1, keepdim=True))[", "(mask | ~mask.all(1, keepdim=True))["),
             (
                 "self._attention_scale(N) if proportional_attn",
                 "self._attention_scale(x.shape[1]) if proportional_attn",
