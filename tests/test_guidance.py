@@ -170,3 +170,12 @@ def test_what_no_step_can_change_is_prepared_once():
 def test_bad_settings_are_named(change, sentence):
     with pytest.raises(ValueError, match=sentence):
         Guidance(4.0, **change)
+
+
+@pytest.mark.parametrize("name", ["skip_start", "skip_stop", "cfg_trunc_ratio"])
+def test_shares_of_a_run_are_within_0_and_1(name):
+    for share in (0, 1):
+        assert getattr(Guidance(3.0, **{name: share}), name) == share
+    for beyond in (-0.1, 1.1):
+        with pytest.raises(ValueError, match=f"{name} is {beyond}, must be a finite number within"):
+            Guidance(3.0, **{name: beyond})

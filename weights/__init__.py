@@ -9,6 +9,7 @@ tokenizers.py   the files of tokenizers        config.py   a config dataclass fr
 networks.py     the tables of networks and families, and a network in files before it is loaded
 resolve.py      where a model is: local, packaged or on the hub
 load.py         what is there, in any published layout, and loading it
+interrupt.py    Ctrl-C while torch is imported
 save.py         a model written as a folder in the diffusers layout
 
 A new family is a file such as sd3.py and its names in two tables of networks.py.
