@@ -22,6 +22,7 @@ from minidit import checks
 from minidit.guidance import Guidance, Guided, Model
 from ras import RASConfig, Record, Run, Trace, Upstream
 
+SHIFTS = (1e-6, 1e6)  # beyond, levels are nothing but 0 and 1, or no numbers
 Callback = Callable[[int, float, Tensor, Tensor, "Tensor | None"], None]
 
 
@@ -63,8 +64,7 @@ def shifted(s: Any, shift: float) -> Any:
 def check_schedule(steps: int, shift: float) -> None:
     """Raise ValueError unless a run can have that many steps and that shift."""
     checks.integer("steps", steps, 1, checks.MOST_STEPS)
-    if not checks.number("shift", shift, 0):
-        raise ValueError(f"shift is {shift}, must be above 0")
+    checks.number("shift", shift, *SHIFTS)
 
 
 @torch.no_grad()

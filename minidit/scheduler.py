@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from minidit import checks
-from minidit.flow import check_schedule, flow_sigmas, shifted
+from minidit.flow import SHIFTS, check_schedule, flow_sigmas, shifted
 
 SOLVERS = ("euler", "corrected")
 SPACINGS = ("trained", "even")
@@ -54,7 +54,7 @@ class SchedulerConfig:
                 )
 
         checks.config(self)
-        require(0 < self.shift < float("inf"), "shift", "above 0 and finite")
+        require(SHIFTS[0] <= self.shift <= SHIFTS[1], "shift", "above 0, within 1e-6..1e6")
         require(
             self.max_image_seq_len > self.base_image_seq_len,
             "max_image_seq_len", f"above base_image_seq_len = {self.base_image_seq_len}",
@@ -65,8 +65,8 @@ class SchedulerConfig:
         require(self.default_solver in SOLVERS, "default_solver", f"one of {', '.join(SOLVERS)}")
         require(self.default_steps >= 1, "default_steps", "at least 1")
         require(self.corrected_steps >= 1, "corrected_steps", "at least 1")
-        ok = self.corrected_shift is None or 0 < self.corrected_shift < float("inf")
-        require(ok, "corrected_shift", "above 0 and finite, or null")
+        ok = self.corrected_shift is None or SHIFTS[0] <= self.corrected_shift <= SHIFTS[1]
+        require(ok, "corrected_shift", "above 0, within 1e-6..1e6, or null")
         require(1 <= self.default_guidance < float("inf"), "default_guidance", "at least 1, finite")
 
     def steps(self, solver: str) -> int:
@@ -94,7 +94,8 @@ class SchedulerConfig:
         length = self.max_image_seq_len - self.base_image_seq_len
         slope = (self.max_shift - self.base_shift) / length
         line = self.base_shift + slope * (tokens - self.base_image_seq_len)
-        return torch.tensor(line, dtype=torch.float64).exp().item()  # inf where out of range
+        shift = torch.tensor(line, dtype=torch.float64).exp().item()  # inf where out of range
+        return checks.number("shift", shift, *SHIFTS)
 
     def shifted(self, levels: Tensor, tokens: int) -> Tensor:
         """Noise levels of a caller's own, moved towards the noise as this scheduler's are."""

@@ -39,6 +39,7 @@ def test_sigmas_fall_from_one_to_zero(steps, shift):
         (2.5, 1.0, "steps is 2.5"),
         (4, 0.0, "shift is 0.0"),
         (4, math.nan, "shift is nan"),
+        (4, 1e-300, "shift is 1e-300"),  # 1 / (1 + (1e-300 - 1)) is infinite
     ],
 )
 def test_impossible_schedules_are_named(steps, shift, sentence):

@@ -316,10 +316,7 @@ MISTAKES: dict[str, tuple[str, list[tuple[str, str]]]] = {
             ),
             ("return shift * s / (1 + (shift - 1) * s)", "return shift * s / (1 + shift * s)"),
             ('checks.integer("steps", steps, 1,', 'checks.integer("steps", steps, 0,'),
-            (
-                'if not checks.number("shift", shift, 0):',
-                'if checks.number("shift", shift, 0) < 0:',
-            ),
+            ('checks.number("shift", shift, *SHIFTS)', 'checks.number("shift", shift, 0)'),
             ("@torch.no_grad()\n", ""),
             ("latents, patch = latents.float(), _patch", "latents, patch = latents, _patch"),
             ("latents, patch, correct, record)", "latents, patch, False, record)"),
