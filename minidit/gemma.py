@@ -92,7 +92,8 @@ class GemmaConfig:
             or (self.rope_parameters or {}).get("rope_type", "default") != "default"
         ):
             raise ValueError(
-                f"rope_scaling is {self.rope_scaling or self.rope_parameters}, must be null"
+                f"rope_scaling is {checks.short(self.rope_scaling or self.rope_parameters)}, "
+                "must be null"
             )
         if not self.theta > 0:
             raise ValueError(f"rope_theta is {self.theta}, must be above 0")
@@ -115,7 +116,7 @@ class GemmaConfig:
             len(self.layer_types) != self.num_hidden_layers or not {*self.layer_types} <= {*kinds}
         ):
             raise ValueError(
-                f"layer_types is {self.layer_types}, must be {self.num_hidden_layers} times "
+                f"layer_types is {checks.short(self.layer_types)}, must be {self.num_hidden_layers} times "
                 f"{kinds[0]!r} or {kinds[1]!r}"
             )
 
