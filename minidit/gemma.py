@@ -116,8 +116,8 @@ class GemmaConfig:
             len(self.layer_types) != self.num_hidden_layers or not {*self.layer_types} <= {*kinds}
         ):
             raise ValueError(
-                f"layer_types is {checks.short(self.layer_types)}, must be {self.num_hidden_layers} times "
-                f"{kinds[0]!r} or {kinds[1]!r}"
+                f"layer_types is {checks.short(self.layer_types)}, must be "
+                f"{self.num_hidden_layers} times {kinds[0]!r} or {kinds[1]!r}"
             )
 
 
