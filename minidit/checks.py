@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ras.plan import MOST_STEPS
 from ras.values import short
 
-MOST_STEPS = 10_000
 MOST_PIXELS = 8192 * 8192  # of one picture
 MOST_CHARACTERS = 20_000  # of one text; every window is shorter by far
 MOST_PICTURES = 10_000  # of one prompt
