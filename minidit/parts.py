@@ -185,7 +185,7 @@ def batch_sigma(sigma: Tensor | float, latents: Tensor, name: str = "sigma") -> 
     any other shape."""
     B = len(latents)
     if not isinstance(sigma, Tensor):
-        sigma = torch.tensor(checks.number(name, sigma, -math.inf))
+        sigma = torch.tensor(checks.number(name, sigma, -math.inf), device=latents.device)
     if sigma.numel() != 1 and sigma.shape != (B,):
         raise ValueError(f"{name} has shape {tuple(sigma.shape)}, must be a number or ({B},)")
     if sigma.is_complex() or sigma.is_meta != latents.is_meta or sigma.layout != torch.strided:

@@ -143,9 +143,9 @@ def test_names_of_tensors_and_of_merges(name: str, folder: Path) -> None:
 
 
 def test_large_integers_in_place_of_floats_are_floats(folder: Path) -> None:
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"shift": 2**70}))
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"default_guidance": 2**70}))
     config = load_component(folder, "scheduler")
-    assert config.sigmas(4, "euler", 64).isfinite().all()
+    assert type(config.default_guidance) is float  # torch takes no larger int than 64 bits
 
 
 def test_headers_of_a_million_tensors(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def test_a_refusal_is_a_sentence_and_a_bug_keeps_its_traceback(capsys):
     for main, kind in (
         (lambda: {}["seed"], KeyError),  # a slip in a script
         (lambda: int("many"), ValueError),
-        (lambda: config.preset(["default"]), TypeError),  # Python's own, inside the project
+        (lambda: config.plan(8), TypeError),  # a call that Python refuses
         (lambda: cli.share().missing, AttributeError),
         (lambda: torch.zeros(2) @ torch.zeros(3), RuntimeError),
         (raising(ValueError("of somebody else")), ValueError),

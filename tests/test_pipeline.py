@@ -375,8 +375,10 @@ def test_odd_prompts_are_fine(pipe, prompt):
 
 def test_what_is_cut_off_is_quoted(pipe):
     with pytest.warns(UserWarning) as seen:
-        draw(pipe, "a cat " * 300 + "and a lighthouse", seed=0)
-    assert any(re.search("lighthouse.* is cut off", str(one.message)) for one in seen)
+        draw(pipe, "a cat " * 300 + "and a lighthouse" + " by the sea" * 300, seed=0)
+    said = [str(one.message) for one in seen if "is cut off" in str(one.message)]
+    assert said and all(re.search("'.*(cat|sea).*\\.\\.\\. is cut off", text) for text in said)
+    assert max(map(len, said)) < 160
 
 
 @pytest.mark.slow

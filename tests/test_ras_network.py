@@ -193,9 +193,9 @@ def test_half_precision_runs_and_stays_close(family, dtype):
 @pytest.mark.parametrize(
     ("active", "sentence"),
     [
-        (torch.tensor([[0, 1]], dtype=torch.int32), "active is torch.int32 of shape (1, 2)"),
-        (torch.tensor([0, 1]), "active is torch.int64 of shape (2,)"),
-        (torch.tensor([[0], [1]]), "must be int64 of shape (1, count)"),
+        (torch.tensor([[0, 1]], dtype=torch.int32), "active is torch.int32, must be int64"),
+        (torch.tensor([0, 1]), "active has shape (2,), must be (1, count)"),
+        (torch.tensor([[0], [1]]), "active has shape (2, 1), must be (1, count)"),
         (torch.arange(17)[None], "active names 17 tokens, must be 1..16"),
         (torch.zeros(1, 0, dtype=torch.int64), "active names 0 tokens"),
     ],

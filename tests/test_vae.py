@@ -273,7 +273,7 @@ def test_arguments_that_make_no_sense(vae: AutoencoderKL) -> None:
         ((1, 3, 8, 10), "image is 8x10, both must be multiples of 4"),
         ((1, 4, 8, 8), r"image has shape \(1, 4, 8, 8\), must be \(batch, 3, height, width\)"),
         ((3, 8, 8), r"image has shape \(3, 8, 8\)"),
-        ((1, 3, 0, 8), r"image has shape \(1, 3, 0, 8\).* not empty"),
+        ((1, 3, 0, 8), r"image has shape \(1, 3, 0, 8\), must not be empty"),
     ):
         with pytest.raises(ValueError, match=message):
             vae.encode(torch.zeros(size))
@@ -287,7 +287,7 @@ def test_arguments_that_make_no_sense(vae: AutoencoderKL) -> None:
     assert vae.decode(torch.zeros(1, 3, 2, 2).double(), tile=np.int64(1)).shape == (1, 3, 8, 8)
     with pytest.raises(ValueError, match="latents is torch.complex64, must be floating point"):
         vae.decode(torch.zeros(1, 3, 2, 2, dtype=torch.complex64))
-    with pytest.raises(ValueError, match="image is 'a.png', must be a tensor"):
+    with pytest.raises(ValueError, match="image is 'a.png', must be a dense tensor"):
         vae.encode("a.png")
     with pytest.raises(ValueError, match="generator is 5, must be a torch.Generator or None"):
         vae.encode(torch.zeros(1, 3, 8, 8).double(), 5)
