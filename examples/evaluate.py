@@ -102,6 +102,7 @@ METHODS: dict[str, list[Setting]] = {
     "ours, fewer tokens late": regional(fall=0.8),
     "ours, more tokens late": regional(fall=-0.8),
     "ours, chosen once": regional(rivals.Once),
+    "ours, forecast": regional(rivals.line),
     "ours, oracle's tokens": regional(rivals.Oracle),
     "ours, fresh keys": regional(fresh=True),
     "ours, oracle's tokens, fresh keys": regional(rivals.Oracle, fresh=True),

@@ -157,8 +157,7 @@ class Forecast:
     """What is held is the polynomial through the last velocities of a token, at the coming level.
 
     order 1 is a line, TaylorSeer's first order; order 2 a parabola. There the variable is the
-    number of the step, here the noise level. For Euler steps only: the corrected solver takes for
-    granted that a stale token held its last velocity itself.
+    number of the step, here the noise level.
     """
 
     def __init__(self, config: RASConfig, drawing: Drawing, order: int) -> None:

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ras.plan import MOST_STEPS
 from ras.values import short
 
 MOST_PIXELS = 8192 * 8192  # of one picture

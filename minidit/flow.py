@@ -21,6 +21,7 @@ from tqdm import tqdm
 from minidit import checks
 from minidit.guidance import Guidance, Guided, Model
 from ras import RASConfig, Record, Run, Trace, Upstream
+from ras.plan import MOST_STEPS
 
 SHIFTS = (1e-6, 1e6)  # beyond, levels are nothing but 0 and 1, or no numbers
 Callback = Callable[[int, float, Tensor, Tensor, "Tensor | None"], None]
@@ -63,7 +64,7 @@ def shifted(s: Any, shift: float) -> Any:
 
 def check_schedule(steps: int, shift: float) -> None:
     """Raise ValueError unless a run can have that many steps and that shift."""
-    checks.integer("steps", steps, 1, checks.MOST_STEPS)
+    checks.integer("steps", steps, 1, MOST_STEPS)
     checks.number("shift", shift, *SHIFTS)
 
 

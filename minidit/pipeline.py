@@ -25,6 +25,7 @@ from minidit.conditioning import FAMILIES, Cond
 from minidit.edit import Source, check_text, drawn_levels
 from minidit.flow import Callback, check_ras, denoise
 from minidit.scheduler import SOLVERS, SchedulerConfig
+from ras.plan import MOST_STEPS
 
 Prompts = str | Sequence[str]
 OUTPUTS = ("pil", "numpy", "latent")
@@ -330,7 +331,7 @@ class Pipeline:
     def _levels(self, steps: Any, sigmas: Any, solver: str, tokens: int) -> Tensor:
         """Noise levels (steps + 1,), from the scheduler or of one's own."""
         if steps is not None:
-            steps = checks.integer("steps", steps, 1, checks.MOST_STEPS)
+            steps = checks.integer("steps", steps, 1, MOST_STEPS)
         if sigmas is None:
             steps = self.scheduler.steps(solver) if steps is None else steps
             return self.scheduler.sigmas(steps, solver, tokens)
@@ -362,9 +363,9 @@ def own_levels(sigmas: Any) -> Tensor:
     if levels.ndim == 1 and len(levels) and levels[-1] != 0:
         levels = torch.cat((levels, torch.zeros(1)))
     falling = levels.ndim == 1 and len(levels) > 1 and bool((levels.diff() < 0).all())
-    if not falling or not levels[0] <= 1 or levels[-1] != 0 or len(levels) > checks.MOST_STEPS + 1:
+    if not falling or not levels[0] <= 1 or levels[-1] != 0 or len(levels) > MOST_STEPS + 1:
         raise ValueError(
-            f"sigmas are {checks.short(sigmas)}, must be 1 to {checks.MOST_STEPS} falling noise "
+            f"sigmas are {checks.short(sigmas)}, must be 1 to {MOST_STEPS} falling noise "
             "levels in (0, 1], with or without a 0 at the end"
         )
     return levels

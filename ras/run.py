@@ -56,6 +56,7 @@ class Run:
         self.cache, self.trace = KVCache(), Trace(grid)
         self.history: History | None = None
         self.region: Region | None = None  # of the step that has begun, None if it is dense
+        self.moved: Tensor | float = 0.0  # by every token since it was computed, (B, N, P*P, C)
         if record is not None:
             record.start(self.levels, latents, correct)
 
@@ -77,26 +78,28 @@ class Run:
         """What step i moves the latents along, and what to add to them first, both (B, C, H, W).
 
         velocity  what the model computed, of which only active tokens are read: stale ones hold
-        what they have. A token that was computed moved along its last velocity until now; the mean
-        of both ends of that stretch is better by an order (the trapezoid rule), and the difference
-        is its correction. That of a stale token comes when it is computed again.
+        what they have. A token that is computed has moved somehow since the last time; the mean of
+        the velocities at both ends of that stretch says better by an order how it should have (the
+        trapezoid rule), and the difference is its correction.
         """
         fresh = patchify(velocity, self.patch)  # (B, N, P*P, C)
         sigma = self.sigmas[i].expand(fresh.shape[:2])  # (B, N)
         if self.region is None:
-            computed = torch.ones_like(sigma, dtype=torch.bool)  # (B, N)
+            computed, along = torch.ones_like(sigma, dtype=torch.bool), fresh  # (B, N)
         else:
             computed = mask_of(self.region.active, fresh.shape[1])  # (B, N)
-            merged = torch.where(_wide(computed), fresh, self.region.held)
-            velocity = unpatchify(merged, *self.size, self.patch)  # (B, C, H, W)
+            along = torch.where(_wide(computed), fresh, self.region.held)  # (B, N, P*P, C)
+            velocity = unpatchify(along, *self.size, self.patch)  # (B, C, H, W)
         self.trace.record(self.levels[i], self.plan[i], computed)
 
-        before = self.history
+        before, moved = self.history, self.moved
         self.history = observe(before, fresh, computed, sigma, self.region)
+        step = (self.sigmas[i + 1] - self.sigmas[i]) * along  # (B, N, P*P, C)
+        self.moved = step + torch.where(_wide(computed), 0.0, moved)
         if not self.correct or before is None:
             return velocity, 0.0
-        stretch = (sigma - before.sigma) * computed  # (B, N), zero for stale tokens
-        correction = _wide(stretch) * (fresh - before.velocity) / 2
+        better = _wide(sigma - before.sigma) * (before.velocity + fresh) / 2
+        correction = torch.where(_wide(computed), better - moved, 0.0)
         return velocity, unpatchify(correction, *self.size, self.patch)
 
     def close(self) -> None:

@@ -143,7 +143,8 @@ def test_names_of_tensors_and_of_merges(name: str, folder: Path) -> None:
 
 
 def test_large_integers_in_place_of_floats_are_floats(folder: Path) -> None:
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"default_guidance": 2**70}))
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({"default_guidance": 2**70}))
     config = load_component(folder, "scheduler")
     assert type(config.default_guidance) is float  # torch takes no larger int than 64 bits
 

@@ -34,8 +34,8 @@ SECOND: dict[str, tuple[str, list[tuple[str, str]]]] = {
                 "change = (fresh - before.velocity).flatten(2).mean(dim=2)",
             ),
             (
-                "_wide(stretch) * (fresh - before.velocity) / 2",
-                "_wide(stretch) * (fresh - self.history.velocity) / 2",
+                "_wide(sigma - before.sigma) * (before.velocity + fresh) / 2",
+                "_wide(sigma - self.history.sigma) * (before.velocity + fresh) / 2",
             ),
             (
                 "record.start(self.levels, latents, correct)",
