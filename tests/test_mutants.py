@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 from mutants.mistakes import MISTAKES, applied
 from mutants.second import SECOND
+from mutants.third import THIRD
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
-    ("mistakes", "file"), [(each, file) for each in (MISTAKES, SECOND) for file in each]
+    ("mistakes", "file"), [(each, file) for each in (MISTAKES, SECOND, THIRD) for file in each]
 )
 def test_every_mistake_still_applies(mistakes, file):
     tests, pairs = mistakes[file]

@@ -30,6 +30,7 @@ def main() -> int:
 
     from tests.mutants.mistakes import MISTAKES, applied
     from tests.mutants.second import SECOND
+    from tests.mutants.third import THIRD
 
     known = {}
     if args.results.is_file():
@@ -38,7 +39,7 @@ def main() -> int:
             known[name] = verdict
     todo = [
         (f"{start}{file}:{i}", file, tests, pair)
-        for start, mistakes in (("", MISTAKES), ("second:", SECOND))
+        for start, mistakes in (("", MISTAKES), ("second:", SECOND), ("third:", THIRD))
         for file, (tests, pairs) in mistakes.items()
         for i, pair in enumerate(pairs)
     ]
