@@ -189,18 +189,26 @@ def test_active_are_the_tokens_nearest_to_the_mask_as_many_for_every_picture(mas
             assert set((distance <= ring).nonzero().flatten().tolist()) <= set(active.tolist())
 
 
+@given(st.none() | st.integers(1, 8), st.integers(1, 20))
+def test_every_so_many_steps_are_dense_unless_a_record_replaces_them(every, steps):
+    for record in (None, Record()):
+        plan = Given(0, every).at(SOME, record).plan(steps, 12)
+        dense = [t for t, step in enumerate(plan) if not step.regional]
+        recorded = record is not None and every is None
+        assert dense == ([] if recorded else [t for t in range(steps) if t % (every or 3) == 0])
+
+
 def test_steps_that_are_not_kept_are_read_off_a_line_in_sigma():
     record = Record(every=3)
-    levels = [1.0, 0.9, 0.7, 0.6, 0.3, 0.1, 0.0]
-    record.start(levels, torch.zeros(1, 1, 2, 2), False)
-    for i, level in enumerate(levels[:-1]):
-        kept = record.cache(i)
-        assert (kept is not None) == (i in (0, 3, 5))
-        if kept is not None:
-            kept.write(
-                "layer", torch.full((1, 4, 1, 2), level), torch.full((1, 4, 1, 2), -level), None
-            )
-        record.end(i, torch.zeros(1, 1, 2, 2))
+    for levels in ([1.0, 0.2, 0.0], [1.0, 0.9, 0.7, 0.6, 0.3, 0.1, 0.0]):  # a run begins anew
+        record.start(levels, torch.zeros(1, 1, 2, 2), False)
+        for i, level in enumerate(levels[:-1]):
+            kept = record.cache(i)
+            assert (kept is not None) == (i in (0, 3, len(levels) - 2))
+            if kept is not None:
+                rows = torch.full((1, 4, 1, 2), level)
+                kept.write("layer", rows, -rows, None)
+            record.end(i, torch.zeros(1, 1, 2, 2))
     rows, fresh = torch.tensor([[1]]), torch.full((1, 1, 1, 2), 9.0)
     for i, level in enumerate(levels[:-1]):
         k, v = record.recall(i, 1).write("layer", fresh, fresh, rows)

@@ -134,6 +134,9 @@ def test_heat_counts_the_regional_steps_of_one_sample(data, batch, grid):
                 wanted[n // grid[1], n % grid[1]] += 1 / len(regional)
         assert torch.allclose(trace.heat(b), wanted)
     assert trace.heat().equal(trace.heat(0))
+    for outside in (-1, batch):
+        with pytest.raises(ValueError, match=f"is {outside}, must be within 0..{batch - 1}"):
+            trace.heat(outside)
 
 
 def test_a_cache_moves_with_those_of_further_passes():

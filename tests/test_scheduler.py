@@ -47,6 +47,14 @@ def test_guidance_of_1_is_a_default_as_any_other():
         SchedulerConfig(default_guidance=0.5)
 
 
+def test_what_a_file_leaves_out_is_sampled_like_sd3():
+    config = SchedulerConfig()
+    assert (config.default_solver, config.default_guidance, config.spacing) == (
+        "euler", 7.0, "trained",
+    )  # fmt: skip
+    assert (config.steps("euler"), config.steps("corrected")) == (28, 14)
+
+
 def test_every_solver_has_its_levels_steps_and_shift():
     config = SchedulerConfig(
         shift=3.0, default_steps=28, corrected_steps=14, corrected_shift=2.0
