@@ -301,6 +301,17 @@ def test_an_edit_of_a_drawing(pipe):
     assert dense.trace is None and torch.allclose(dense.latents, alone.latents, atol=2)
 
 
+@pytest.mark.parametrize("solver", ["euler", "corrected"])
+def test_an_edit_has_the_solver_of_its_drawing(solver):
+    pipe = pipeline("pipe_lumina")
+    out = call(pipe, height=32, width=48, keep=True, solver=solver)
+    untold, told = (
+        pipe.edit(out, BOX, "a fox", guidance=3.0, seed=5, output="latent", **options)
+        for options in ({}, {"solver": solver})
+    )
+    assert untold.latents.equal(told.latents)
+
+
 def test_a_picture_from_elsewhere_can_be_recorded_and_edited(pipe):
     black = Image.new("L", (48, 32))
     out = call(pipe, image=PICTURE, mask=black, keep=True)

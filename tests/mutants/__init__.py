@@ -1,12 +1,17 @@
 """How the tests are tested: small, realistic mistakes, put into the code one at a time.
 
-`python -m tests.mutants` says which of them the suite notices. mistakes.py and second.py have the
-lists; a test of the suite keeps them applicable.
+`python -m tests.mutants` says which of them the suite notices. Every round has a list, mistakes.py,
+second.py and third.py; a test of the suite keeps them applicable.
 
 First round: 303 of 306 were noticed by the tests of their file. Of the other three, run.py:2 is
-noticed by test_ras_sampling, which is now in its list, pipeline.py:6 by a test that is new, and one
-was no mistake on a CPU and has been replaced (nextdit.py:8).
+noticed by test_ras_sampling, which is now in its list, pipeline.py:6 since
+test_a_result_that_is_not_finite_is_no_picture has a case with one infinite value, and one was no
+mistake on a CPU and has been replaced (nextdit.py:8).
 
 Second round, made up after the tests had been strengthened for the first: 50 of 64 were noticed at
 once, 51 by the whole suite. There are tests for the other 13 now.
+
+Third round, made up from the code alone after those: 43 of 48 were noticed at once, 90 %. There are
+tests for the other 5 now (ras/trace.py:0, ras/record.py:0, ras/given.py:1, scheduler.py:0 and
+pipeline.py:0), which says nothing of mistakes that nobody has made up yet.
 """
