@@ -189,8 +189,8 @@ class SentencePieceTokenizer:
         checks.instance("model", model, SentencePieceProcessor)
         checks.ids("special", special)
         checks.choice("padding_side", padding_side, ("left", "right"))
-        for piece in (pad, start, end):
-            if piece is not None and not (isinstance(piece, str) and piece in special):
+        for piece in (pad, *(x for x in (start, end) if x is not None)):
+            if not isinstance(piece, str) or piece not in special:
                 raise ValueError(f"special has no token {checks.short(piece)}")
         if pad_to is not None:
             checks.integer("pad_to", pad_to, 1, MOST_TOKENS)

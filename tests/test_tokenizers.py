@@ -299,6 +299,9 @@ def test_a_tokenizer_built_by_hand_pads_on_the_right() -> None:
     row = plain.encode("a cat")
     assert plain("a cat", len(row) + 2).tolist() == [[*row, 0, 0]]
     assert left("a cat", len(row) + 2).tolist() == [[0, 0, *row]]
+    for pad in (None, "<blank>", 0):
+        with pytest.raises(ValueError, match="special has no token"):
+            SentencePieceTokenizer(T5.model, special, pad=pad)
 
 
 def test_limits_of_the_files() -> None:
