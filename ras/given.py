@@ -38,7 +38,7 @@ class Given:
     Raises ValueError for anything outside these ranges.
     """
 
-    ring: float = 2
+    ring: float = 1
     every: int | None = None
     mask: Tensor | None = None
     record: Record | None = None
