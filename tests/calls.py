@@ -13,7 +13,6 @@ The exit status is 1 if anything is wrong.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tempfile
@@ -32,6 +31,7 @@ sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "ex
 import numpy as np
 import torch
 from conftest import FAMILIES, GOLDENS, conditioning, noise, tiny_model
+from fuzz import parse, report
 from PIL import Image
 
 import minidit
@@ -337,14 +337,7 @@ def run(found: dict[str, Call], seed: int, i: int) -> tuple[str, str, str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--count", type=int, default=1000)
-    parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--show", type=int, default=3, help="how many tracebacks")
-    options = parser.parse_args()
+    options = parse(__doc__)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     counts: dict[str, Counter[str]] = {}
@@ -361,12 +354,8 @@ def main() -> int:
                 shown += 1
                 print(trace, flush=True)
         os.chdir("/")
-    total: Counter[str] = sum(counts.values(), Counter())
-    for name, each in [*sorted(counts.items()), ("all", total)]:
-        line = "  ".join(f"{each[result]:7} {result}" for result in OUTCOMES)
-        print(f"{name:40} {line}")
     print(f"{time.monotonic() - start:.0f} s", file=sys.stderr)
-    return 1 if total["wrong"] else 0
+    return report(counts, OUTCOMES)
 
 
 if __name__ == "__main__":

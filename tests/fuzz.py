@@ -20,7 +20,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -108,15 +108,29 @@ def outcome(read: Callable[[], Any]) -> tuple[str, str]:
     return "loaded", ""
 
 
-def main() -> int:
+def parse(text: str) -> argparse.Namespace:
+    """The command line of this script and of calls.py."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=text, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--show", type=int, default=3, help="how many tracebacks")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def report(counts: dict[str, Counter[str]], outcomes: Sequence[str]) -> int:
+    """Print how often what came of each kind; the exit status."""
+    total: Counter[str] = sum(counts.values(), Counter())
+    for kind, each in [*sorted(counts.items()), ("all", total)]:
+        line = "  ".join(f"{each[name]:7} {name}" for name in outcomes)
+        print(f"{kind:40} {line}")
+    return 1 if total["wrong"] else 0
+
+
+def main() -> int:
+    options = parse(__doc__)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     counts: dict[str, Counter[str]] = {}
@@ -140,11 +154,7 @@ def main() -> int:
                 wrong = sum(each["wrong"] for each in counts.values())
                 took = time.monotonic() - start
                 print(f"{done} files, {wrong} wrong, {took:.0f} s", file=sys.stderr, flush=True)
-    total: Counter[str] = sum(counts.values(), Counter())
-    for kind, each in [*sorted(counts.items()), ("all", total)]:
-        line = "  ".join(f"{each[name]:7} {name}" for name in OUTCOMES)
-        print(f"{kind:40} {line}")
-    return 1 if total["wrong"] else 0
+    return report(counts, OUTCOMES)
 
 
 if __name__ == "__main__":
