@@ -90,13 +90,14 @@ def main() -> None:
     args = parse()
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")
     device = device_of(args)
     if args.command in STEPS:
         plan = Plan(**{field.name: getattr(args, field.name) for field in fields(Plan)})
-        given = {"device": device, "save_minutes": args.save_minutes}
+        given = {"device": device, "save_minutes": args.save_minutes, "workers": args.workers}
     if args.command in ("vae", "decoder"):
-        frozen = args.command == "decoder"
-        train_vae(args.run, args.packages, plan, frozen=frozen, workers=args.workers, **given)
+        train_vae(args.run, args.packages, plan, frozen=args.command == "decoder", **given)
     elif args.command == "scenes":
         latents.check_sizes(turned(args.sizes))
         vae = load_component(args.run, "vae").to(device)
@@ -104,13 +105,14 @@ def main() -> None:
         sizes = turned(args.sizes)
         latents.prepare(args.run / "data", vae, sprites, sizes, args.count, args.workers)
     elif args.command == "classifier":
-        train_classifier(args.run, args.packages, plan, workers=args.workers, **given)
+        train_classifier(args.run, args.packages, plan, **given)
     elif args.command == "text":
         train_text(args.family, args.run, args.packages, plan, *turned([args.size]), **given)
     elif args.command == "train":
         train(
             args.family, args.run, args.packages, plan, turned(args.sizes), args.renew,
-            joint=args.joint, sheet_minutes=args.sheet_minutes, prompts=PROMPTS, **given,
+            joint=args.joint, sheet_minutes=args.sheet_minutes, compiled=args.compile,
+            prompts=PROMPTS if args.sheet_minutes else (), **given,
         )  # fmt: skip
     elif args.command == "export":
         values = {field.name: getattr(args, field.name) for field in fields(SchedulerConfig)}
@@ -150,8 +152,8 @@ def parse() -> argparse.Namespace:
             sub.add_argument("--family", choices=models.PIXELS, required=True)
         sub.add_argument("--threads", type=int, default=os.cpu_count())
         sub.add_argument("--device", help="cpu, cuda or mps; default: the fastest that is there")
-        if name in ("vae", "decoder", "scenes", "classifier"):
-            text = "processes that compose scenes ahead, e.g. all cores beside a GPU"
+        if name in STEPS or name == "scenes":
+            text = "processes that make the data ahead, e.g. all cores beside a GPU"
             sub.add_argument("--workers", type=int, default=0, help=text)
         if name in STEPS:
             for key, value in asdict(Plan(STEPS[name], BATCH[name])).items():
@@ -173,7 +175,8 @@ def parse() -> argparse.Namespace:
     sub.add_argument("--sizes", type=size, nargs="+", required=True, help="as 256, or WIDTHxHEIGHT")
     sub.add_argument("--renew", type=int, default=2, help="scenes that are new, each step")
     sub.add_argument("--joint", action="store_true", help="train the text encoders on, too")
-    sub.add_argument("--sheet-minutes", type=float, default=30)
+    sub.add_argument("--sheet-minutes", type=float, default=30, help="0: no sheets")
+    sub.add_argument("--compile", action="store_true", help="the blocks, with torch.compile")
     sub = command("export", "write a model in the official folder layout", family=True)
     sub.add_argument("--out", type=Path, required=True)
     for key, value in asdict(models.SCHEDULER).items():

@@ -363,8 +363,11 @@ def test_place_words_are_true(seed):
 
 def test_latents_are_those_of_the_scenes(run, packages):
     data = latents.Latents(run / "data", 64, 64, TINY_NAMES)
-    found, of = data.batch(16, random.Random(0), most=2)
-    assert found.shape == (16, 4, 8, 8) and found.dtype == np.float32
+    slots, of = data.choose(16, random.Random(0), most=2)
+    found = data.array[slots].astype(np.float32)
+    assert found.shape == (16, 4, 8, 8) and torch.equal(
+        data.tensor[slots].float(), torch.from_numpy(found)
+    )
     assert all(len(scene.things) <= 2 for scene in of)
     network, sprites = load_component(run, "vae"), Sprites(packages)
     pictures = np.stack([scenes.draw(scene, sprites, 64, 64) for scene in of])
@@ -642,9 +645,18 @@ def test_text_encoders_learn_first_and_training_starts_from_them(family, run, pa
         assert torch.equal(value, networks[name]), name
 
 
+def test_choosing_ahead_changes_nothing(family, run, packages):
+    kinds = [trained(family, run, packages, PLAN, renew=0)]
+    (run / family / "checkpoint.pt").unlink()
+    kinds.append(trained(family, run, packages, PLAN, renew=0, workers=2))
+    assert_equal(*kinds)
+    with pytest.raises(ValueError, match="renew is 3, must be 0 with workers"):
+        trained(family, run, packages, PLAN, renew=3, workers=2)
+
+
 def test_training_lowers_the_loss(family, run):
     trainer, data = new_trainer(family, run, replace(PLAN, steps=50, batch=8, cooldown=0), True)
-    losses = [trainer.step(step, data).item() for step in range(50)]
+    losses = [trainer.step(i, trainer.choose(i, data), data).item() for i in range(50)]
     assert np.mean(losses[-10:]) < 0.85 * np.mean(losses[:3])
 
 
@@ -659,7 +671,7 @@ def test_every_parameter_that_is_run_is_trained(family, run, joint):
     trainer, data = new_trainer(family, run, PLAN, joint)
     before = {n: p.detach().clone() for n, p in trainer.networks.named_parameters()}
     for step in range(4):
-        trainer.step(step, data)
+        trainer.step(step, trainer.choose(step, data), data)
     same = {n for n, p in trainer.networks.named_parameters() if torch.equal(p, before[n])}
     # Gemma's last layer is never run; pad_token serves pictures of unequal sizes, which we lack
     idle = ("text_encoder.layers.1.", "text_encoder.final_norm", "transformer.pad_token")

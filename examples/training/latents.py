@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import nn
 from tqdm import tqdm
 
@@ -19,19 +20,24 @@ from training.vae import encode_images
 
 
 class Latents:
-    """Latents of scenes of one size, memory-mapped: array float16 (count, C, h, w).
+    """Latents of scenes of one size, float16 (count, C, h, w): `array`, a memory-mapped file, and
+    `tensor`, the same memory, or a copy on a GPU.
 
     Scene number n is a function of n, so a file keeps of it the latents and the number alone. Slot
     i begins with scene i; `renew` gives slots new scenes, the oldest first, while training goes on.
     Raises FileNotFoundError, which names the command to run, if there is no file.
     """
 
-    def __init__(self, folder: Path, height: int, width: int, names: Sequence[Name]) -> None:
+    def __init__(
+        self, folder: Path, height: int, width: int, names: Sequence[Name],
+        device: torch.device | str = "cpu",
+    ) -> None:  # fmt: skip
         path = latents_path(folder, height, width)
         if not path.is_file():
             raise FileNotFoundError(f"no {path}; make it with `python examples/train.py scenes`")
         self.size, self.names = (height, width), names
         self.array = np.load(path, mmap_mode="r+")
+        self.tensor = torch.from_numpy(self.array).to(device)
         self.numbers = np.load(numbers_path(path), mmap_mode="r+")  # -1: nothing there yet
 
     def __len__(self) -> int:
@@ -41,10 +47,10 @@ class Latents:
         rng = random.Random(f"scene/{number}")
         return random_scene(rng, self.names, aspect=self.size[1] / self.size[0])
 
-    def batch(
+    def choose(
         self, count: int, rng: random.Random, most: int = 3
-    ) -> tuple[np.ndarray, list[Scene]]:
-        """Latents float32 (count, C, h, w) of random scenes of at most `most` things, and these."""
+    ) -> tuple[list[int], list[Scene]]:
+        """Slots of `count` random scenes of at most `most` things, and these scenes."""
         slots, scenes = [], []
         while len(slots) < count:
             slot = rng.randrange(len(self.array))
@@ -53,7 +59,7 @@ class Latents:
             if number >= 0 and len(scene.things) <= most:
                 slots.append(slot)
                 scenes.append(scene)
-        return self.array[slots].astype(np.float32), scenes
+        return slots, scenes
 
     def renew(
         self, vae: nn.Module, sprites: Sprites, renewals: int, progress: bool = False,
@@ -77,7 +83,10 @@ class Latents:
             some = slots[start : start + many]
             images = np.stack([next(pictures) for _ in some])
             self.numbers[some] = -1
-            self.array[some] = encode_images(vae, images).cpu().numpy()
+            latents = encode_images(vae, images)
+            self.array[some] = latents.cpu().numpy()
+            if self.tensor.device.type != "cpu":
+                self.tensor[torch.from_numpy(some)] = latents.half()
             self.numbers[some] = expected[some]
 
 

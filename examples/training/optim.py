@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,15 +140,18 @@ def autocast(device: torch.device) -> Any:
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
-class PlainAttention(TorchFunctionMode):
-    """Within it, attention is two matrix products and a softmax instead of torch's fused kernel.
+def plain_attention_on(device: torch.device) -> Any:
+    """Within it, on a CPU, attention is two matrix products and a softmax instead of torch's fused
+    kernel, whose backward pass takes three to five times as long at a few hundred tokens. On other
+    devices nothing changes."""
+    return PlainAttention() if device.type == "cpu" else nullcontext()
 
-    On a CPU, at a few hundred tokens, the fused kernel's backward pass takes three to five times as
-    long, which made it a quarter of a training step. On other devices nothing changes.
-    """
+
+class PlainAttention(TorchFunctionMode):
+    """See `plain_attention_on`."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.scaled_dot_product_attention and args[0].device.type == "cpu":
+        if func is F.scaled_dot_product_attention:
             func = plain_attention
         return func(*args, **(kwargs or {}))
 

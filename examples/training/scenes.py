@@ -287,7 +287,8 @@ def draw(scene: Scene, sprites: Sprites, height: int, width: int) -> np.ndarray:
     image = paint(scene.background, x, y, side)  # (H, W, 3)
     placed = [place(thing, sprites[thing.name.text], side) for thing in scene.things]
     for picture, left, top in placed:
-        image *= 1 - shadow(picture[..., 3], left, top, x, y)[..., None]
+        ground, dark = shadow(picture[..., 3], left, top, x, y)
+        image[ground] *= 1 - dark[..., None]
     for picture, left, top in sorted(placed, key=lambda one: one[2] + len(one[0])):
         rows, columns = picture.shape[:2]
         up, before = max(0, -top), max(0, -left)
@@ -295,7 +296,7 @@ def draw(scene: Scene, sprites: Sprites, height: int, width: int) -> np.ndarray:
         part = image[top + up : top + rows, left + before : left + columns]
         part *= 1 - picture[..., 3:] / 255
         part += picture[..., :3]
-    return image.round().clip(0, 255).astype(np.uint8)
+    return np.rint(image, out=image).clip(0, 255, out=image).astype(np.uint8)
 
 
 def place(thing: Thing, sprite: Image.Image, side: int) -> tuple[np.ndarray, int, int]:
@@ -313,15 +314,23 @@ def place(thing: Thing, sprite: Image.Image, side: int) -> tuple[np.ndarray, int
     return np.asarray(image, dtype=np.float32), left, top
 
 
-def shadow(alpha: np.ndarray, left: int, top: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """How much darker a thing makes the ground where it stands, 0 to 1: (H, W)."""
+def shadow(
+    alpha: np.ndarray, left: int, top: int, x: np.ndarray, y: np.ndarray
+) -> tuple[tuple[slice, slice], np.ndarray]:
+    """Where a thing makes the ground darker, rows and columns of x and y (H, W), and how much: 0
+    to 0.45. It is an ellipse under the foot, which is soft and ends where it is below 1 in 1000."""
     rows, columns = np.nonzero(alpha > 128)
     bottom, length = rows.max(), max(alpha.shape)
     foot = columns[rows > bottom - 0.12 * length]
     centre, half = left + (foot.min() + foot.max()) / 2, (foot.max() - foot.min()) / 2
+    middle = top + bottom - 0.01 * length
     a, b = 0.85 * half + 0.09 * length, 0.12 * half + 0.05 * length
-    away = ((x - centre) / a) ** 2 + ((y - (top + bottom - 0.01 * length)) / b) ** 2
-    return 0.45 * np.exp(-1.2 * away)
+    ground = tuple(
+        slice(max(0, int(at - 2.3 * axis)), max(0, int(at + 2.3 * axis) + 1))
+        for at, axis in ((middle, b), (centre, a))
+    )
+    away = ((x[ground] - centre) / a) ** 2 + ((y[ground] - middle) / b) ** 2
+    return ground, 0.45 * np.exp(-1.2 * away)
 
 
 def paint(background: Background, x: np.ndarray, y: np.ndarray, side: int) -> np.ndarray:

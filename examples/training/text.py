@@ -1,11 +1,12 @@
 """The stage `text`: teach the text encoders what captions mean, before there is a transformer.
 
-B batch, L text tokens, C latent channels.
+B batch, N names, L text tokens, C latent channels.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 
 from training import models
 from training.latents import Latents
-from training.loop import Loop, save
-from training.optim import Optimiser, PlainAttention, Plan, autocast
+from training.loop import Loop, ahead, save
+from training.optim import Optimiser, Plan, autocast, plain_attention_on
 from training.scenes import Background, Name, Scene, Sprites, Thing, caption, draw
 from training.vae import encode_images
 from training.vocabulary import write_tokenizers
@@ -25,7 +26,7 @@ GRID = 8  # side of the thumbnails
 
 def train_text(
     family: str, run: Path, packages: Path, plan: Plan, size: tuple[int, int],
-    device: torch.device, save_minutes: float = 3.0,
+    device: torch.device, save_minutes: float = 3.0, workers: int = 0,
 ) -> None:  # fmt: skip
     """Teach the text encoders what a caption's picture looks like.
 
@@ -39,25 +40,29 @@ def train_text(
     sprites = Sprites(packages)
     if not (run / family / "tokenizer").is_dir():
         write_tokenizers(family, sprites.names, run / family)
-    data = Latents(run / "data", *size, sprites.names)
+    data = Latents(run / "data", *size, sprites.names, device)
     pipe = models.new_pipeline(family, run, device)
     encoders = models.trainable(pipe).train()
     del encoders["transformer"]
-    seen = portraits(pipe.vae, sprites)
+    seen = portraits(pipe.vae, sprites)  # (N, 64 * C)
+    numbers = {name: i for i, name in enumerate(sprites.names)}
     channels = data.array.shape[1]
     widths = [view.shape[1] for view in text_views(pipe.encode([""]))]
     heads = nn.ModuleList(nn.Linear(width, 2 * GRID**2 * channels) for width in widths).to(device)
     optimiser = Optimiser([*encoders.named_parameters(), *heads.named_parameters()])
     parts = {"encoders": encoders, "heads": heads, "optimiser": optimiser}
     loop = Loop(run / family / "text-checkpoint.pt", plan.steps, parts, save_minutes)
-    for step in loop:
+
+    def choose(step: int) -> tuple[list[int], list[str], Tensor]:
         rng = random.Random(f"text/{plan.seed}/{step}")
-        pictures, scenes = data.batch(plan.batch, rng, models.MOST[family])
-        captions = [caption(scene, rng) for scene in scenes]
-        thumbnails = F.adaptive_avg_pool2d(torch.from_numpy(pictures), GRID).flatten(1)
-        looks = torch.stack([mean_portrait(scene, seen) for scene in scenes])
-        target = torch.cat((thumbnails, looks), dim=1).to(device)  # (B, 2 * 64 * C)
-        with autocast(device), PlainAttention():
+        slots, scenes = data.choose(plan.batch, rng, models.MOST[family])
+        return slots, [caption(scene, rng) for scene in scenes], shares(scenes, numbers)
+
+    chosen = ahead(choose, loop.left, workers)
+    for step, (slots, captions, share) in zip(loop, chosen, strict=False):
+        thumbnails = F.adaptive_avg_pool2d(data.tensor[slots].float(), GRID).flatten(1)
+        target = torch.cat((thumbnails, share.to(device) @ seen), dim=1)  # (B, 2 * 64 * C)
+        with autocast(device), plain_attention_on(device):
             views = text_views(pipe.encode(captions))
             drawn = [head(view) for head, view in zip(heads, views, strict=True)]
         loss = sum(F.mse_loss(one.float(), target) for one in drawn) / len(heads)
@@ -67,18 +72,22 @@ def train_text(
     save(encoders.state_dict(), run / family / "text.pt")
 
 
-def portraits(vae: nn.Module, sprites: Sprites) -> dict[Name, Tensor]:
-    """What each name's thing looks like: latents (64 * C,) of a small picture of it on gray."""
-    found = {}
+def portraits(vae: nn.Module, sprites: Sprites) -> Tensor:
+    """What each name's thing looks like: latents (N, 64 * C) of a small picture of it on gray."""
+    found = []
     for name in sprites.names:
         thing = Thing(name, 0.5, 0.5, 0.9, mirror=False, angle=0.0)
         picture = draw(Scene((thing,), Background("plain", ("gray",))), sprites, 64, 64)
-        found[name] = encode_images(vae, picture[None]).cpu().flatten()
-    return found
+        found.append(encode_images(vae, picture[None]).flatten())
+    return torch.stack(found)
 
 
-def mean_portrait(scene: Scene, seen: dict[Name, Tensor]) -> Tensor:
-    return torch.stack([seen[name] for name in scene.names]).mean(dim=0)
+def shares(scenes: Sequence[Scene], numbers: dict[Name, int]) -> Tensor:
+    """How much of its scene each name is: (B, N), rows that sum to 1."""
+    table = torch.zeros(len(scenes), len(numbers))
+    for row, scene in zip(table, scenes, strict=True):
+        row[[numbers[name] for name in scene.names]] = 1 / len(scene.names)
+    return table
 
 
 def text_views(cond: dict[str, Tensor]) -> list[Tensor]:

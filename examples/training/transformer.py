@@ -9,7 +9,7 @@ import copy
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from pictures import save as save_image
 from pictures import sheet
 from training import models
 from training.latents import Latents
-from training.loop import Loop, follow
-from training.optim import Optimiser, PlainAttention, Plan, autocast
+from training.loop import Loop, ahead, follow
+from training.optim import Optimiser, Plan, autocast, plain_attention_on
 from training.scenes import Sprites, caption
 
 SHIFT = 3.0  # of training's noise levels, towards noise: where the caption decides
@@ -46,68 +46,99 @@ class Trainer:
         self.parts = {"networks": self.networks, "average": self.average}
         self.parts["optimiser"] = self.optimiser
 
-    def step(self, step: int, data: Sequence[Latents]) -> Tensor:
-        """One update on scenes of one of the sizes; returns its loss."""
-        batch = self.plan.batch
+    def choose(self, step: int, data: Sequence[Latents]) -> Choice:
+        """What a step is made on: scenes of one of the sizes, and a caption of each."""
         rng = random.Random(f"train/{self.plan.seed}/{step}")
-        generator = torch.Generator().manual_seed(rng.getrandbits(63))
-        pictures, scenes = rng.choice(data).batch(batch, rng, self.most)
+        which = rng.randrange(len(data))
+        slots, scenes = data[which].choose(self.plan.batch, rng, self.most)
         captions = ["" if rng.random() < EMPTY else caption(scene, rng) for scene in scenes]
+        return Choice(which, slots, captions, rng.getrandbits(63))
 
-        clean = torch.from_numpy(pictures)  # (B, C, h, w)
-        noise = torch.randn(clean.shape, generator=generator)
-        sigma = noise_levels(batch, generator)
+    def step(self, step: int, choice: Choice, data: Sequence[Latents]) -> Tensor:
+        """One update; returns its loss."""
+        generator = torch.Generator(self.device).manual_seed(choice.seed)
+        clean = data[choice.which].tensor[choice.slots].float()  # (B, C, h, w)
+        noise = torch.randn(clean.shape, generator=generator, device=self.device)
+        sigma = noise_levels(len(clean), generator)
         noisy = torch.lerp(clean, noise, sigma[:, None, None, None])
-        noisy, sigma, target = (x.to(self.device) for x in (noisy, sigma, noise - clean))
-        with autocast(self.device), PlainAttention():
+        with autocast(self.device), plain_attention_on(self.device):
             with torch.set_grad_enabled(self.joint):
-                cond = self.pipe.encode(captions)
+                cond = self.pipe.encode(choice.captions)
             velocity = self.pipe.transformer(noisy, sigma, **cond)
-        loss = F.mse_loss(velocity.float(), target)
+        loss = F.mse_loss(velocity.float(), noise - clean)
         loss.backward()
         self.optimiser.step(self.plan, step)
         follow(self.average, self.networks, step)
         return loss
+
+    def compile(self) -> None:
+        """Compile the transformer's blocks, which are alike: one of them is compiled for all."""
+        for block in self.pipe.transformer.blocks:
+            block.compile()
 
     def averaged(self) -> Any:
         """The pipeline with the averaged networks, for drawing."""
         return replace(self.pipe, **dict(self.average.items()))
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What a step is made on: slots of one of the files, captions, and the seed of the noise."""
+
+    which: int
+    slots: list[int]
+    captions: list[str]
+    seed: int
+
+
 def noise_levels(count: int, generator: torch.Generator) -> Tensor:
     """(count,) in (0, 1): logit-normal as SD3's, moved towards noise."""
-    return shifted(torch.randn(count, generator=generator).sigmoid(), SHIFT)
+    normal = torch.randn(count, generator=generator, device=generator.device)
+    return shifted(normal.sigmoid(), SHIFT)
 
 
 def train(
     family: str, run: Path, packages: Path, plan: Plan, sizes: Sequence[tuple[int, int]],
     renew: int, device: torch.device, joint: bool = False, save_minutes: float = 3.0,
-    sheet_minutes: float = 20.0, prompts: Sequence[str] = (),
+    sheet_minutes: float = 20.0, prompts: Sequence[str] = (), workers: int = 0,
+    compiled: bool = False,
 ) -> None:  # fmt: skip
     """Train until plan.steps, on all sizes alike; a sheet of the prompts is drawn now and then.
 
     `renew` scenes of the files are new each step; 0 leaves the files alone, which a second training
-    run on the same files must.
+    run on the same files must, and a run whose steps are chosen ahead by `workers` processes.
+    Raises ValueError for renew beside workers.
     """
+    if renew and workers:
+        raise ValueError(f"renew is {renew}, must be 0 with workers, which choose scenes ahead")
     torch.manual_seed(plan.seed)
     sprites = Sprites(packages)
-    data = [Latents(run / "data", *size, sprites.names) for size in sizes]
+    data = [Latents(run / "data", *size, sprites.names, device) for size in sizes]
     pipe = models.new_pipeline(family, run, device)
     text = run / family / "text.pt"
     if text.is_file():
-        models.trainable(pipe).load_state_dict(torch.load(text), strict=False)
+        models.trainable(pipe).load_state_dict(torch.load(text, map_location="cpu"), strict=False)
     trainer = Trainer(family, pipe, plan, joint)
     loop = Loop(run / family / "checkpoint.pt", plan.steps, trainer.parts, save_minutes)
     for one in (trainer.pipe, trainer.averaged()):
         models.place(one, sizes[0][0])
+    if compiled:
+        trainer.compile()
     count = sum(p.numel() for p in trainer.networks.parameters())
     print(f"{family}: {count / 1e6:.1f} M parameters, {sizes}, {plan}", flush=True)
+
+    def renewed(step: int) -> None:
+        for one in data:
+            one.renew(pipe.vae, sprites, step // RENEWALS * RENEWALS * renew // len(data))
+
+    if renew:
+        renewed(loop.first)
     drawn = time.time()
-    for step in loop:
-        if renew and (step % RENEWALS == 0 or step == loop.first):
-            for one in data:
-                one.renew(pipe.vae, sprites, step // RENEWALS * RENEWALS * renew // len(data))
-        loop.log(trainer.step(step, data))
+    chosen = ahead(lambda step: trainer.choose(step, data), loop.left, workers)
+    for step, choice in zip(loop, chosen, strict=False):
+        loop.log(trainer.step(step, choice, data))
+        if renew and (step + 1) % RENEWALS == 0 and step + 1 < plan.steps:
+            renewed(step + 1)
         if prompts and (step + 1 == plan.steps or time.time() - drawn > 60 * sheet_minutes):
             height, width = sizes[0]
             path = run / family / f"sheets/{height}x{width}-{step + 1:06d}.png"

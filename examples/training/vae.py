@@ -96,12 +96,12 @@ def pixel_loss(drawn: Tensor, images: Tensor) -> Tensor:
 
 
 def crops(sprites: Sprites, count: int, rng: random.Random) -> np.ndarray:
-    """Crops around things of random scenes, two of each: uint8 (count, CROP, CROP, 3)."""
+    """Crops around things of random scenes, four of each: uint8 (count, CROP, CROP, 3)."""
     chosen = []
     while len(chosen) < count:
         scene, side = random_scene(rng, sprites.names), rng.choice(SIDES)
         image = draw(scene, sprites, side, side)
-        for thing in rng.choices(scene.things, k=2):
+        for thing in rng.choices(scene.things, k=4):
             middles = (at + rng.uniform(-0.5, 0.5) * thing.size for at in (thing.y, thing.x))
             top, left = (min(max(0, int(at * side) - CROP // 2), side - CROP) for at in middles)
             chosen.append(image[top : top + CROP, left : left + CROP])
