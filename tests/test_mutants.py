@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from mutants.fourth import FOURTH
 from mutants.mistakes import MISTAKES, applied
 from mutants.second import SECOND
 from mutants.third import THIRD
@@ -13,7 +14,8 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
-    ("mistakes", "file"), [(each, file) for each in (MISTAKES, SECOND, THIRD) for file in each]
+    ("mistakes", "file"),
+    [(each, file) for each in (MISTAKES, SECOND, THIRD, FOURTH) for file in each],
 )
 def test_every_mistake_still_applies(mistakes, file):
     tests, pairs = mistakes[file]

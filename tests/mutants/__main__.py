@@ -28,6 +28,7 @@ def main() -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     warm_up()
 
+    from tests.mutants.fourth import FOURTH
     from tests.mutants.mistakes import MISTAKES, applied
     from tests.mutants.second import SECOND
     from tests.mutants.third import THIRD
@@ -39,7 +40,12 @@ def main() -> int:
             known[name] = verdict
     todo = [
         (f"{start}{file}:{i}", file, tests, pair)
-        for start, mistakes in (("", MISTAKES), ("second:", SECOND), ("third:", THIRD))
+        for start, mistakes in (
+            ("", MISTAKES),
+            ("second:", SECOND),
+            ("third:", THIRD),
+            ("fourth:", FOURTH),
+        )
         for file, (tests, pairs) in mistakes.items()
         for i, pair in enumerate(pairs)
     ]
