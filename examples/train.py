@@ -111,7 +111,7 @@ def main() -> None:
     elif args.command == "train":
         train(
             args.family, args.run, args.packages, plan, turned(args.sizes), args.renew,
-            joint=args.joint, sheet_minutes=args.sheet_minutes, compiled=args.compile,
+            sheet_minutes=args.sheet_minutes, compiled=args.compile,
             prompts=PROMPTS if args.sheet_minutes else (), **given,
         )  # fmt: skip
     elif args.command == "export":
@@ -174,7 +174,6 @@ def parse() -> argparse.Namespace:
     sub = command("train", "train the transformer", family=True)
     sub.add_argument("--sizes", type=size, nargs="+", required=True, help="as 256, or WIDTHxHEIGHT")
     sub.add_argument("--renew", type=int, default=2, help="scenes that are new, each step")
-    sub.add_argument("--joint", action="store_true", help="train the text encoders on, too")
     sub.add_argument("--sheet-minutes", type=float, default=30, help="0: no sheets")
     sub.add_argument("--compile", action="store_true", help="the blocks, with torch.compile")
     sub = command("export", "write a model in the official folder layout", family=True)

@@ -1,6 +1,7 @@
-"""The stage `scenes`: pictures composed and encoded ahead, in files that training reads from.
+"""The stage `scenes`: pictures composed and encoded ahead, in files that training reads from; and
+their captions, encoded when training begins.
 
-C latent channels, h and w latent size.
+C latent channels, h and w latent size, L text tokens.
 """
 
 from __future__ import annotations
@@ -8,15 +9,21 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from training.loop import ahead
-from training.scenes import Name, Scene, Sprites, draw, random_scene
+from training.optim import autocast
+from training.scenes import Name, Scene, Sprites, caption, draw, random_scene
 from training.vae import encode_images
+
+CAPTIONS = 3  # of each scene
+LENGTH = 48  # text tokens, room for the longest caption
 
 
 class Latents:
@@ -64,8 +71,9 @@ class Latents:
     def renew(
         self, vae: nn.Module, sprites: Sprites, renewals: int, progress: bool = False,
         workers: int = 0,
-    ) -> None:  # fmt: skip
-        """Make the file what it is after `renewals` renewals, from whatever it is now.
+    ) -> np.ndarray:  # fmt: skip
+        """Make the file what it is after `renewals` renewals, from whatever it is now; returns the
+        slots that this changed.
 
         An interrupted run may have renewed more than its last checkpoint knows: this goes back.
         """
@@ -88,6 +96,54 @@ class Latents:
             if self.tensor.device.type != "cpu":
                 self.tensor[torch.from_numpy(some)] = latents.half()
             self.numbers[some] = expected[some]
+        return slots
+
+
+class Texts:
+    """What frozen text encoders make of CAPTIONS captions of every scene of a file, and of no text.
+
+    Encoded once, so that a step of training only looks up: on a GPU the tokenizers would take
+    longer than all the rest of it. Raises ValueError for a caption of more than LENGTH tokens.
+    """
+
+    def __init__(self, pipe: Any, data: Latents) -> None:
+        self.pipe, self.data = pipe, data
+        empty = self._encoded([""])
+        count = CAPTIONS * len(data) + 1  # the last one is the empty one
+        self.rows = {name: x.repeat(count, *[1] * (x.ndim - 1)) for name, x in empty.items()}
+        self.renew(np.flatnonzero(data.numbers >= 0))
+
+    def renew(self, slots: np.ndarray) -> None:
+        """Encode the captions of these slots anew."""
+        for some in np.array_split(slots, -(-len(slots) // 128)) if len(slots) else ():
+            texts = [
+                caption(self.data.scene(number), random.Random(f"caption/{number}/{k}"))
+                for number in self.data.numbers[some].tolist()
+                for k in range(CAPTIONS)
+            ]
+            rows = (CAPTIONS * some[:, None] + np.arange(CAPTIONS)).ravel()
+            for name, x in self._encoded(texts).items():
+                self.rows[name][torch.from_numpy(rows)] = x
+
+    def of(self, rows: list[int]) -> dict[str, Tensor]:
+        """The conditioning of captions by their numbers: CAPTIONS * slot + 0 .. CAPTIONS - 1, or -1
+        for no text."""
+        found = {name: x[rows] for name, x in self.rows.items()}
+        return {n: x.float() if x.is_floating_point() else x for n, x in found.items()}
+
+    @torch.no_grad()
+    def _encoded(self, texts: list[str]) -> dict[str, Tensor]:
+        """The conditioning of texts in half precision, with room for LENGTH tokens where the number
+        of tokens is that of the longest text."""
+        with autocast(self.pipe.device):
+            cond = self.pipe.encode(texts)
+        if "context_mask" in cond:
+            short = LENGTH - cond["context_mask"].shape[1]
+            if short < 0:
+                raise ValueError(f"a caption has {LENGTH - short} tokens, must be at most {LENGTH}")
+            cond["context"] = F.pad(cond["context"], (0, 0, 0, short))
+            cond["context_mask"] = F.pad(cond["context_mask"], (0, short))
+        return {name: x.half() if x.is_floating_point() else x for name, x in cond.items()}
 
 
 def prepare(

@@ -21,25 +21,36 @@ from minidit.flow import shifted
 from pictures import save as save_image
 from pictures import sheet
 from training import models
-from training.latents import Latents
+from training.latents import CAPTIONS, Latents, Texts
 from training.loop import Loop, ahead, follow
 from training.optim import Optimiser, Plan, autocast, plain_attention_on
-from training.scenes import Sprites, caption
+from training.scenes import Sprites
 
 SHIFT = 3.0  # of training's noise levels, towards noise: where the caption decides
 EMPTY = 0.1  # share of captions left empty, for guidance
 RENEWALS = 50  # steps between renewals of the data files
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What a step is made on: slots of one of the files, a caption of each (`Texts.of`), and the
+    seed of the noise."""
+
+    which: int
+    slots: list[int]
+    captions: list[int]
+    seed: int
+
+
 class Trainer:
     """The networks, their running average and the optimiser: `parts` is all that a run keeps."""
 
-    def __init__(self, family: str, pipe: Any, plan: Plan, joint: bool = False) -> None:
+    def __init__(self, family: str, pipe: Any, plan: Plan) -> None:
         self.pipe, self.plan, self.device = pipe, plan, pipe.device
-        self.most, self.joint = models.MOST[family], joint
+        self.most = models.MOST[family]
         self.networks = models.trainable(pipe).train()
         for name, network in self.networks.items():
-            if name.startswith("text") and not joint:
+            if name.startswith("text"):
                 network.requires_grad_(False)
         self.average = copy.deepcopy(self.networks).requires_grad_(False).eval()
         self.optimiser = Optimiser(self.networks.named_parameters())
@@ -47,23 +58,27 @@ class Trainer:
         self.parts["optimiser"] = self.optimiser
 
     def choose(self, step: int, data: Sequence[Latents]) -> Choice:
-        """What a step is made on: scenes of one of the sizes, and a caption of each."""
+        """What a step is made on: scenes of one of the files, and which caption of each."""
         rng = random.Random(f"train/{self.plan.seed}/{step}")
         which = rng.randrange(len(data))
-        slots, scenes = data[which].choose(self.plan.batch, rng, self.most)
-        captions = ["" if rng.random() < EMPTY else caption(scene, rng) for scene in scenes]
+        slots, _ = data[which].choose(self.plan.batch, rng, self.most)
+        captions = [
+            -1 if rng.random() < EMPTY else CAPTIONS * slot + rng.randrange(CAPTIONS)
+            for slot in slots
+        ]
         return Choice(which, slots, captions, rng.getrandbits(63))
 
-    def step(self, step: int, choice: Choice, data: Sequence[Latents]) -> Tensor:
+    def step(
+        self, step: int, choice: Choice, data: Sequence[Latents], texts: Sequence[Texts]
+    ) -> Tensor:
         """One update; returns its loss."""
         generator = torch.Generator(self.device).manual_seed(choice.seed)
         clean = data[choice.which].tensor[choice.slots].float()  # (B, C, h, w)
         noise = torch.randn(clean.shape, generator=generator, device=self.device)
         sigma = noise_levels(len(clean), generator)
         noisy = torch.lerp(clean, noise, sigma[:, None, None, None])
+        cond = texts[choice.which].of(choice.captions)
         with autocast(self.device), plain_attention_on(self.device):
-            with torch.set_grad_enabled(self.joint):
-                cond = self.pipe.encode(choice.captions)
             velocity = self.pipe.transformer(noisy, sigma, **cond)
         loss = F.mse_loss(velocity.float(), noise - clean)
         loss.backward()
@@ -81,16 +96,6 @@ class Trainer:
         return replace(self.pipe, **dict(self.average.items()))
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What a step is made on: slots of one of the files, captions, and the seed of the noise."""
-
-    which: int
-    slots: list[int]
-    captions: list[str]
-    seed: int
-
-
 def noise_levels(count: int, generator: torch.Generator) -> Tensor:
     """(count,) in (0, 1): logit-normal as SD3's, moved towards noise."""
     normal = torch.randn(count, generator=generator, device=generator.device)
@@ -99,9 +104,8 @@ def noise_levels(count: int, generator: torch.Generator) -> Tensor:
 
 def train(
     family: str, run: Path, packages: Path, plan: Plan, sizes: Sequence[tuple[int, int]],
-    renew: int, device: torch.device, joint: bool = False, save_minutes: float = 3.0,
-    sheet_minutes: float = 20.0, prompts: Sequence[str] = (), workers: int = 0,
-    compiled: bool = False,
+    renew: int, device: torch.device, save_minutes: float = 3.0, sheet_minutes: float = 20.0,
+    prompts: Sequence[str] = (), workers: int = 0, compiled: bool = False,
 ) -> None:  # fmt: skip
     """Train until plan.steps, on all sizes alike; a sheet of the prompts is drawn now and then.
 
@@ -118,7 +122,7 @@ def train(
     text = run / family / "text.pt"
     if text.is_file():
         models.trainable(pipe).load_state_dict(torch.load(text, map_location="cpu"), strict=False)
-    trainer = Trainer(family, pipe, plan, joint)
+    trainer = Trainer(family, pipe, plan)
     loop = Loop(run / family / "checkpoint.pt", plan.steps, trainer.parts, save_minutes)
     for one in (trainer.pipe, trainer.averaged()):
         models.place(one, sizes[0][0])
@@ -128,15 +132,17 @@ def train(
     print(f"{family}: {count / 1e6:.1f} M parameters, {sizes}, {plan}", flush=True)
 
     def renewed(step: int) -> None:
-        for one in data:
-            one.renew(pipe.vae, sprites, step // RENEWALS * RENEWALS * renew // len(data))
+        for one, of in zip(data, texts, strict=True):
+            renewals = step // RENEWALS * RENEWALS * renew // len(data)
+            of.renew(one.renew(pipe.vae, sprites, renewals))
 
+    texts = [Texts(pipe, one) for one in data]
     if renew:
         renewed(loop.first)
     drawn = time.time()
     chosen = ahead(lambda step: trainer.choose(step, data), loop.left, workers)
     for step, choice in zip(loop, chosen, strict=False):
-        loop.log(trainer.step(step, choice, data))
+        loop.log(trainer.step(step, choice, data, texts))
         if renew and (step + 1) % RENEWALS == 0 and step + 1 < plan.steps:
             renewed(step + 1)
         if prompts and (step + 1 == plan.steps or time.time() - drawn > 60 * sheet_minutes):

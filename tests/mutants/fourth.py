@@ -9,7 +9,7 @@ FOURTH: dict[str, tuple[str, list[tuple[str, str]]]] = {
         "ras_plan",
         [
             ("max(start, round(end * steps) - 1)", "max(start, int(end * steps) - 1)"),
-            ("return int(value) if is_count(value) else", "return value if value >= 1 else"),
+            ("if not start <= end < steps:", "if not start < end < steps:"),
         ],
     ),
     "ras/config.py": (
