@@ -1,8 +1,7 @@
 """Train the embedded models: a small SD3 or Lumina-Next that draws scenes, all from nothing.
 
     npm install @lobehub/fluent-emoji-3d@1.1.0 unicode-emoji-json@0.9.0
-    python examples/train.py vae        --run runs                  # the autoencoder of both
-    python examples/train.py decoder    --run runs                  # its decoder, some more
+    python examples/train.py vae        --run runs                  # instead of weights/vae
     python examples/train.py scenes     --run runs --sizes 128 256  # drawn and encoded ahead
     python examples/train.py classifier --run runs                  # to measure with
     python examples/train.py text       --run runs --family lumina  # the text encoders alone
@@ -14,8 +13,7 @@
 
 Every stage is a file of training/, and goes on where it was interrupted. A step's data, noise and
 times are a function of seed and step number alone, so a resumed run makes the very steps of an
-uninterrupted one. `decoder` may run beside or after `train`: the encoder, and so what the
-transformer learns, stays as it is.
+uninterrupted one.
 
 Published models read prompts with encoders that others trained on much text. Ours learn from the
 captions alone, in a stage of their own. After that the transformer learns the velocity of a
@@ -53,7 +51,6 @@ from training.scenes import Sprites
 from training.text import train_text
 from training.transformer import draw_sheet, train
 from training.vae import train_vae
-from weights.load import load_component
 
 PROMPTS = (
     "a red apple on a sky blue background",
@@ -81,8 +78,8 @@ PROMPTS = (
     "a crown, a teddy bear and a balloon on a magenta background",
     "a camera on a brown background",
 )  # 13 of one thing, the rest of two or three
-STEPS = {"vae": 2500, "decoder": 4000, "text": 2000, "train": 20000, "classifier": 3000}
-BATCH = {"vae": 8, "decoder": 8, "text": 64, "train": 16, "classifier": 24}
+STEPS = {"vae": 2500, "text": 2000, "train": 20000, "classifier": 3000}
+BATCH = {"vae": 8, "text": 64, "train": 16, "classifier": 24}
 
 
 def main() -> None:
@@ -96,11 +93,11 @@ def main() -> None:
     if args.command in STEPS:
         plan = Plan(**{field.name: getattr(args, field.name) for field in fields(Plan)})
         given = {"device": device, "save_minutes": args.save_minutes, "workers": args.workers}
-    if args.command in ("vae", "decoder"):
-        train_vae(args.run, args.packages, plan, frozen=args.command == "decoder", **given)
+    if args.command == "vae":
+        train_vae(args.run, args.packages, plan, **given)
     elif args.command == "scenes":
         latents.check_sizes(turned(args.sizes))
-        vae = load_component(args.run, "vae").to(device)
+        vae = models.load_vae(args.run).to(device)
         sprites = Sprites(args.packages)
         sizes = turned(args.sizes)
         latents.prepare(args.run / "data", vae, sprites, sizes, args.count, args.workers)
@@ -164,7 +161,6 @@ def parse() -> argparse.Namespace:
         return sub
 
     command("vae", "train the autoencoder")
-    command("decoder", "train its decoder on, while the encoder stays as it is")
     sub = command("scenes", "compose and encode scenes ahead")
     sub.add_argument("--sizes", type=size, nargs="+", required=True, help="as 256, or WIDTHxHEIGHT")
     sub.add_argument("--count", type=int, default=8000, help="scenes of each size")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import weights
 from minidit.clip import CLIPConfig, CLIPTextEncoder
 from minidit.gemma import GemmaConfig, GemmaEncoder
 from minidit.mmdit import MMDiT, MMDiTConfig
@@ -18,7 +19,7 @@ from minidit.nextdit import NextDiT, NextDiTConfig
 from minidit.pipeline import Pipeline
 from minidit.scheduler import SchedulerConfig
 from minidit.t5 import T5Config, T5Encoder
-from minidit.vae import VAEConfig
+from minidit.vae import AutoencoderKL, VAEConfig
 from weights.load import load_component
 
 PIXELS = {"lumina": 384, "sd3": 256}  # the size that each model is made for
@@ -40,9 +41,14 @@ VAE = VAEConfig(
 )
 
 
+def load_vae(run: Path) -> AutoencoderKL:
+    """The run's own autoencoder, where it has trained one, else the one in weights/vae."""
+    return load_component(run if (run / "vae").is_dir() else Path(weights.__file__).parent, "vae")
+
+
 def new_pipeline(family: str, run: Path, device: torch.device) -> Pipeline:
     """A pipeline of untrained networks with the run's VAE and the family's tokenizers."""
-    shared = {"family": family, "vae": load_component(run, "vae"), "scheduler": SCHEDULER}
+    shared = {"family": family, "vae": load_vae(run), "scheduler": SCHEDULER}
     tokenizer = load_component(run / family, "tokenizer")
     if family == "lumina":
         transformer, gemma = lumina_networks(tokenizer.model.get_piece_size())

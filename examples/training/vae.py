@@ -1,4 +1,4 @@
-"""The stage `vae`: an autoencoder from nothing, and then a better decoder for the same latents.
+"""The stage `vae`: an autoencoder from nothing.
 
 B batch, C latent channels, h and w latent size, H and W picture size.
 """
@@ -19,7 +19,6 @@ from training import models
 from training.loop import Loop, ahead, follow
 from training.optim import Optimiser, Plan, autocast
 from training.scenes import Sprites, draw, random_scene
-from weights.load import load_component
 from weights.save import write_network
 
 CROP = 64  # pixels: an autoencoder that learns small crops works at every size
@@ -27,33 +26,28 @@ SIDES = (128, 192, 256, 384)  # of the pictures that they are cut from
 
 
 def train_vae(
-    run: Path, packages: Path, plan: Plan, device: torch.device, frozen: bool = False,
-    save_minutes: float = 3.0, workers: int = 0,
+    run: Path, packages: Path, plan: Plan, device: torch.device, save_minutes: float = 3.0,
+    workers: int = 0,
 ) -> None:  # fmt: skip
     """Train the autoencoder on crops of scenes and write it to the run's folder vae.
 
     Its encoder starts as the best linear one (`principal`).
 
-    With frozen, which needs that folder, its encoder stays as it is and the decoder learns on:
-    pictures get better under a transformer that trains on the latents at the same time.
-
     Loss: absolute error and root of the squared error of the pixels, absolute error of their
     differences to the neighbours, which keeps edges sharp, and a little of the usual pull towards a
-    unit Gaussian. While the encoder learns, also the same errors of pictures of half the size from
-    latents of half the size, so that latents, like pictures, look the same large and small, which
-    is what diffusion wants (Skorokhodov et al. 2025, arXiv 2502.14831).
+    unit Gaussian. Also the same errors of pictures of half the size from latents of half the size,
+    so that latents, like pictures, look the same large and small, which is what diffusion wants
+    (Skorokhodov et al. 2025, arXiv 2502.14831).
     """
     sprites = Sprites(packages)
     torch.manual_seed(plan.seed)
-    vae = load_component(run, "vae") if frozen else AutoencoderKL(models.VAE)
-    if not frozen:
-        principal(vae, to_pixels(pictures(sprites, 32)))
+    vae = AutoencoderKL(models.VAE)
+    principal(vae, to_pixels(pictures(sprites, 32)))
     vae.to(device, memory_format=torch.channels_last)
-    vae.requires_grad_(not frozen).decoder.requires_grad_(True)
     average = copy.deepcopy(vae).requires_grad_(False)
     optimiser = Optimiser(vae.named_parameters())
     parts = {"vae": vae, "average": average, "optimiser": optimiser}
-    loop = Loop(run / ("decoder.pt" if frozen else "vae.pt"), plan.steps, parts, save_minutes)
+    loop = Loop(run / "vae.pt", plan.steps, parts, save_minutes)
 
     def chance(step: int) -> random.Random:
         return random.Random(f"vae/{plan.seed}/{step}")
@@ -63,21 +57,19 @@ def train_vae(
         generator = torch.Generator().manual_seed(chance(step).getrandbits(63))
         images = to_pixels(shown).to(device)
         with autocast(device):
-            with torch.set_grad_enabled(not frozen):
-                mean, logvar = (x.float() for x in vae.moments(images))  # (B, C, h, w) each
+            mean, logvar = (x.float() for x in vae.moments(images))  # (B, C, h, w) each
             noise = torch.randn(mean.shape, generator=generator).to(device)
             latents = mean + (logvar / 2).exp() * noise  # scale 1, shift 0
             loss = pixel_loss(vae.decode(latents).float(), images)
-            if not frozen:
-                half = slice(plan.batch // 2)
-                small = vae.decode(F.avg_pool2d(latents[half], 2)).float()
-                loss = loss + 0.25 * pixel_loss(small, F.avg_pool2d(images[half], 2))
-                loss = loss + 1e-4 * (mean.square() + logvar.exp() - 1 - logvar).mean() / 2
+            half = slice(plan.batch // 2)
+            small = vae.decode(F.avg_pool2d(latents[half], 2)).float()
+            loss = loss + 0.25 * pixel_loss(small, F.avg_pool2d(images[half], 2))
+            loss = loss + 1e-4 * (mean.square() + logvar.exp() - 1 - logvar).mean() / 2
         loss.backward()
         optimiser.step(plan, step)
         follow(average, vae, step)
         loop.log(loss)
-    final = average if frozen else scaled(average, sprites)
+    final = scaled(average, sprites)
     final.to(memory_format=torch.contiguous_format)  # which files ask for
     write_network(final, run / "vae", torch.bfloat16)
 
