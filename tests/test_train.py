@@ -615,7 +615,7 @@ def test_the_embedded_autoencoder_keeps_what_scenes_show(packages, tmp_path):
     images = vae.pictures(Sprites(packages), 2)
     again = network.decode(vae.encode_images(network, images)).clamp(-1, 1)
     error = (again - vae.to_pixels(images)).square().mean() / 4  # of values in [0, 1]
-    assert -10 * error.log10() > 33
+    assert -10 * error.log10() > 28  # dB; 37 of real scenes, these are boxes
 
 
 # ---------------------------------------------------------------- text encoders and transformer
