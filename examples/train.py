@@ -2,6 +2,7 @@
 
     npm install @lobehub/fluent-emoji-3d@1.1.0 unicode-emoji-json@0.9.0
     python examples/train.py vae        --run runs                  # instead of weights/vae
+    python examples/train.py psnr       --run runs                  # how much it keeps
     python examples/train.py scenes     --run runs --sizes 128 256  # drawn and encoded ahead
     python examples/train.py classifier --run runs                  # to measure with
     python examples/train.py text       --run runs --family lumina  # the text encoders alone
@@ -45,9 +46,9 @@ from ras import RASConfig
 from training import latents, models
 from training.classifier import train_classifier
 from training.files import export
-from training.measure import measure
+from training.measure import held_out_cases, measure, vae_psnr
 from training.optim import Plan
-from training.scenes import Sprites
+from training.scenes import Sprites, draw
 from training.text import train_text
 from training.transformer import draw_sheet, train
 from training.vae import train_vae
@@ -114,6 +115,13 @@ def main() -> None:
     elif args.command == "export":
         values = {field.name: getattr(args, field.name) for field in fields(SchedulerConfig)}
         export(args.family, args.run, args.out, SchedulerConfig(**values))
+    elif args.command == "psnr":
+        latents.check_sizes(turned(args.sizes))
+        vae, sprites = models.load_vae(args.run).to(device), Sprites(args.packages)
+        cases = held_out_cases(sprites.names, args.count, seed=1)
+        for height, width in turned(args.sizes):
+            pictures = [draw(case.scene, sprites, height, width) for case in cases]
+            print(f"{width}x{height}: {vae_psnr(vae, pictures):.1f} dB of {args.count} scenes")
     elif args.command == "sheet":
         check_writable(args.out)
         draw_sheet(minidit.load(args.model, device), PROMPTS, args.out)
@@ -183,6 +191,9 @@ def parse() -> argparse.Namespace:
     sub.add_argument("--ras-preset", help="draw with RAS, default: dense")
     for key, kind in (("steps", int), ("guidance", float), ("solver", str)):
         sub.add_argument(f"--{key}", type=kind, help="default: what the model asks for")
+    sub = command("psnr", "print how near decoded scenes are to those that were encoded")
+    sub.add_argument("--sizes", type=size, nargs="+", default=[(256, 256), (384, 384)])
+    sub.add_argument("--count", type=int, default=100, help="held-out scenes")
     sub = command("sheet", "draw the fixed prompts with a model, all with seed 0")
     sub.add_argument("--model", type=Path, required=True)
     sub.add_argument("--out", type=Path, default=Path("sheet.png"))

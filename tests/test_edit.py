@@ -140,6 +140,7 @@ def test_with_every_token_active_an_edit_equals_the_dense_edit(family):
     dense, _ = edit(family, record, SOME, None)
     wide, trace = edit(family, record, SOME, Given(99).at(SOME, record))
     assert trace.share == 1 and wide.equal(dense)
+    assert not any(step.regional for step in trace.steps)
     latents, _ = edit(family, record, SOME, Regional().at(SOME, record))
     assert torch.allclose(latents, dense, atol=1e-4)
     near, _ = edit(family, record, SOME, Given(0).at(SOME, record))

@@ -209,6 +209,18 @@ def test_a_bad_prompt_is_named_where_it_is_prepared():
         tiny_model("lumina2").prepare(cond["context"][..., 1:], cond["context_mask"])
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(6, 3), (3, 6), (4, 2), (2, 5)])
+def test_pictures_beyond_the_positions_are_refused_along_either_side(rows, columns):
+    config = replace(tiny_model("lumina2").config, axes_lens=(64, 4, 5))
+    model, cond = Lumina2(config).eval(), conditioning("lumina2", 1)
+    latents = torch.zeros(1, config.in_channels, 2 * rows, 2 * columns)
+    if rows <= 4 and columns <= 5:
+        assert model(latents, 0.5, **cond).shape == latents.shape
+        return
+    with pytest.raises(ValueError, match="the positions of this model end at 8x10"):
+        model(latents, 0.5, **cond)
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import minidit
@@ -100,9 +100,7 @@ def measure(
     side = pipe.transformer.config.sample_size * pipe.vae.config.downscale
     real = [real_pictures(case, sprites, side, seed) for case in cases]
     latents = [encode_images(pipe.vae, pictures).cpu() for pictures in real]  # (2, C, h, w) each
-    again = [to_image(pipe.vae.decode(both[:1].to(pipe.device))[0]) for both in latents]
-    pairs = zip(again, (one[0] for one in real), strict=True)
-    values = {"real": {"vae_psnr": float(np.mean([psnr(*pair) for pair in pairs]))}}
+    values = {"real": {"vae_psnr": vae_psnr(pipe.vae, [pictures[0] for pictures in real])}}
     drawn, images = [], []
     for i, case in enumerate(tqdm(cases, desc="drawing", unit="prompt")):
         with autocast(pipe.device):
@@ -119,6 +117,13 @@ def measure(
         values[kind]["frechet"] = frechet(features(both, 0), reference)
         values[kind]["diversity"] = float(np.mean([snr(*pair) for pair in both]))
     return values
+
+
+@torch.no_grad()
+def vae_psnr(vae: nn.Module, pictures: Sequence[np.ndarray]) -> float:
+    """Mean PSNR of pictures, uint8 (H, W, 3), that were encoded and decoded, in dB."""
+    again = [to_image(vae.decode(encode_images(vae, one[None]))[0]) for one in pictures]
+    return float(np.mean([psnr(*pair) for pair in zip(again, pictures, strict=True)]))
 
 
 def real_pictures(case: Case, sprites: Sprites, side: int, seed: int) -> np.ndarray:

@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# Both embedded models from nothing, on a machine with one GPU and a dozen cores:
+#
+#     bash examples/train_all.sh RUN PACKAGES [SCALE]
+#
+# RUN is the folder of all that is made (on a fast disk: some 10 GB of latents), PACKAGES the
+# node_modules of examples/train.py, SCALE what every number of steps is multiplied by. Each model is
+# a lane of its own: a single one leaves the GPU waiting. What was interrupted goes on when the script
+# is started again.
+set -euo pipefail
+run=$1 packages=$2 scale=${3:-1}
+cd "$(dirname "$0")/.."
+export OMP_NUM_THREADS=1 PYTHONPATH=$PWD
+workers=$(($(nproc) > 5 ? $(nproc) - 4 : 1))
+mkdir -p "$run/log"
+rm -f "$run/log/failed"
+
+stage() { # LOG STAGE options ...
+  local log=$run/log/$1 name=$2
+  shift 2
+  python3 examples/train.py "$name" --run "$run" --packages "$packages" --threads 1 "$@" \
+    >>"$log" 2>&1 || {
+    touch "$run/log/failed"
+    exit 1 # of this lane; the others end when they wait for it
+  }
+}
+steps() { python3 -c "print(max(1, round($1 * $scale)))"; }
+scenes() { # COUNT SIZES ...
+  local count
+  count=$(steps "$1")
+  shift
+  stage scenes scenes --sizes "$@" --count "$count" --workers "$workers"
+  touch "$run/log/$1.done"
+}
+wait_for() {
+  until [ -e "$run/log/$1.done" ]; do
+    [ ! -e "$run/log/failed" ] || exit 1
+    sleep 1
+  done
+}
+lane() { # FAMILY, then STEPS BATCH SIZES for every size, the smallest first
+  local family=$1 total=0 last
+  shift
+  wait_for 128
+  stage "$family" text --family "$family" --batch 128 --steps "$(steps 2000)" --workers 2
+  while [ $# -gt 0 ]; do
+    total=$((total + $(steps "$1")))
+    last=$([ $# -gt 3 ] && echo 0 || steps "$1") # the rate falls while pictures are largest
+    wait_for "${3%% *}"
+    # shellcheck disable=SC2086
+    stage "$family" train --family "$family" --steps "$total" --batch "$2" --sizes $3 \
+      --cooldown "$last" --renew 0 --workers 3 --compile --sheet-minutes 0
+    shift 3
+  done
+  stage "$family" export --family "$family" --out "$run/mini-$family"
+}
+
+(scenes 16000 128 && scenes 40000 256 && scenes 24000 384 512x256 256x512) &
+stage classifier classifier --batch 64 --steps "$(steps 3000)" --workers 4 &
+lane lumina 2000 256 128 8000 128 256 10000 64 "384 512x256 256x512" &
+lane sd3 2000 256 128 16000 128 256 &
+wait
+[ ! -e "$run/log/failed" ] || { echo "a stage failed: see $run/log" >&2; exit 1; }
