@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import randomised
+from conftest import randomised, rounding
 from safetensors.torch import load_file
 
 from minidit import load_component
@@ -44,7 +44,7 @@ def test_matches_transformers(case: str, component: str) -> None:
         run = name.split("/")[0]
         for key, got in zip(("penultimate", "text_embeds"), model(ids), strict=True):
             error = (got - expected[f"{run}/{key}"]).abs().max()
-            assert error <= limits[f"{run}/{key}"]["tight_atol"], (run, key)
+            assert error <= rounding(limits[f"{run}/{key}"]), (run, key)
 
 
 def test_tokens_do_not_see_what_follows(encoder: CLIPTextEncoder) -> None:

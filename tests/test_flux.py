@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import GOLDENS, conditioning, noise, randomised, tiny_model
+from conftest import GOLDENS, conditioning, noise, randomised, rounding, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -27,7 +27,7 @@ def test_golden(run):
     names = ("latents", "sigma", "context", "pooled", "guidance")
     velocity = model(*(inputs[f"{run}/{name}"] for name in names))
     expected = load_file(CASE / "expected.safetensors")[f"{run}/velocity"]
-    atol = INFO["outputs"][f"{run}/velocity"]["tight_atol"]
+    atol = rounding(INFO["outputs"][f"{run}/velocity"])
     assert (velocity - expected).abs().max() <= atol
 
 

@@ -9,7 +9,7 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import GOLDENS, randomised
+from conftest import GOLDENS, randomised, rounding
 from safetensors.torch import load_file
 
 import minidit
@@ -71,7 +71,7 @@ def test_golden(run):
     names = {name.split("/")[1] for name in EXPECTED if name.startswith(run + "/")}
     assert {"final_latents", "latents_after_1", "sigmas"} <= names <= found.keys()
     for name in names:
-        atol = INFO["outputs"][f"{run}/{name}"]["tight_atol"]
+        atol = rounding(INFO["outputs"][f"{run}/{name}"])
         assert (found[name] - EXPECTED[f"{run}/{name}"]).abs().max() <= atol, name
 
 
@@ -79,7 +79,7 @@ def test_golden(run):
 def test_noise_levels_of_dev_at_any_size(name):
     tokens, steps = map(int, re.findall(r"\d+", name))
     levels = DEV.sigmas(steps, "euler", tokens)
-    assert (levels - EXPECTED[name]).abs().max() <= INFO["outputs"][name]["tight_atol"]
+    assert (levels - EXPECTED[name]).abs().max() <= rounding(INFO["outputs"][name])
 
 
 def test_noise_levels_of_schnell_are_even():

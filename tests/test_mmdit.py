@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import GOLDENS, conditioning, noise, tiny_model
+from conftest import GOLDENS, conditioning, noise, rounding, tiny_model
 from safetensors.torch import load_file
 
 import minidit
@@ -32,7 +32,7 @@ def test_golden(case, run):
         inputs[f"{run}/pooled_projections"],
         skip_layers=tuple(info["call"][run]["skip_layers"] or ()),
     )
-    assert (velocity - expected).abs().max() <= info["outputs"][f"{run}/sample"]["tight_atol"]
+    assert (velocity - expected).abs().max() <= rounding(info["outputs"][f"{run}/sample"])
 
 
 SD3 = ["sd3-medium", "sd3.5-large", "sd3.5-medium"]

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import GOLDENS, conditioning, noise, randomised, tiny_model
+from conftest import GOLDENS, conditioning, noise, randomised, rounding, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -35,7 +35,7 @@ def test_golden(run):
         proportional_attn="base_sequence_length" in RUNS[run]["cross_attention_kwargs"],
     )
     wanted = -expected[:, :4]  # the other half is the variance
-    assert (velocity - wanted).abs().max() <= INFO["outputs"][f"{run}/sample"]["tight_atol"]
+    assert (velocity - wanted).abs().max() <= rounding(INFO["outputs"][f"{run}/sample"])
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -49,7 +49,7 @@ def test_golden_rotations(run):
     tokens = torch.arange(h * w)[None]
     cos, sin = (x.view(h, w, -1) for x in model._rotations(tokens, h, w, time, watershed))
     for table, name in ((cos[..., ::2], "rotary_cos"), (sin[..., 1::2], "rotary_sin")):
-        atol = INFO["outputs"][f"{run}/{name}"]["tight_atol"]
+        atol = rounding(INFO["outputs"][f"{run}/{name}"])
         assert (table - expected[f"{run}/{name}"]).abs().max() <= atol
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import randomised
+from conftest import randomised, rounding
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -39,7 +39,7 @@ def test_matches_transformers() -> None:
     for name, want in expected.items():
         run = name.split("/")[0]
         got = model(inputs[f"{run}/input_ids"], inputs.get(f"{run}/attention_mask"))
-        assert (got - want).abs().max() <= limits[name]["tight_atol"], run
+        assert (got - want).abs().max() <= rounding(limits[name]), run
 
 
 def test_buckets_of_the_official_sizes() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import randomised
+from conftest import randomised, rounding
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -72,7 +72,7 @@ def test_matches_diffusers(case: str) -> None:
         }
         for name, value in got.items():
             key = f"{run}/{name}"
-            limit = info["outputs"][key]["tight_atol"]
+            limit = rounding(info["outputs"][key])
             assert (value - expected[key]).abs().max() <= limit, key
 
 
