@@ -348,6 +348,9 @@ def test_skipped_layers_are_recorded_too():
 REFUSED = {
     "image is .*, must be a PIL image": {"image": "cat.png"},
     "image has 2 pictures, must have 1": {"image": [PICTURE, PICTURE]},
+    "image has 2 pictures, must have 1 or 3": {
+        "prompt": ["a", "b", "c"], "image": [PICTURE, PICTURE],
+    },
     r"image is 50x30 pixels, both must be multiples of 16: .* 48x32": {
         "image": PICTURE.resize((50, 30))
     },
@@ -501,3 +504,16 @@ def test_recalled_keys_serve_several_edits_of_a_picture_each():
     k, _ = record.recall(0, 4).write("layer", fresh, fresh, rows)
     assert k.flatten().tolist() == [9, 1, 9, 1, 9, 3, 9, 3]
     assert record.caches[0]["layer"][0].equal(recorded)
+
+
+def test_a_pass_that_the_later_kept_step_lacks_is_read_from_the_earlier_one_alone():
+    record, keys = Record(every=2), torch.arange(4.0).view(1, 4, 1, 1)
+    record.start([1.0, 0.8, 0.6, 0.4, 0.0], torch.zeros(1, 1, 2, 2), False)
+    for step in (0, 2):
+        record.cache(step).write("layer", keys + step, keys + step, None)
+    record.cache(0).apart("more").write("layer", keys, keys, None)
+    fresh, rows = torch.full((1, 1, 1, 1), 9.0), torch.tensor([[1]])
+    between, more = record.recall(1, 1), record.recall(1, 1).apart("more")
+    assert between.write("layer", fresh, fresh, rows)[0].flatten().tolist() == [1, 9, 3, 4]
+    assert more.write("layer", fresh, fresh, rows)[0].flatten().tolist() == [0, 9, 2, 3]
+    assert more.write("layer", fresh, fresh, None)[0] is fresh  # a pass over every token

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 import minidit
 from minidit.conditioning import FAMILIES, options_of
 from minidit.flow import Guidance, denoise, flow_sigmas
-from minidit.pipeline import draw_noise, to_array, to_image
+from minidit.pipeline import draw_noise, own_levels, to_array, to_image
 from ras import RASConfig
+from ras.plan import MOST_STEPS
 from ras.tokens import patchify
 
 RUNS = [
@@ -394,6 +395,17 @@ def test_networks_compile_without_a_graph_break(kind):
     compiled, _ = denoise(model, *arguments, 3.0, ras=RASConfig())
     assert torch.allclose(compiled, plain, atol=1e-5) and 3 <= len(graphs) <= 5
     assert {step.regional for step in trace.steps} == {True, False}
+
+
+@pytest.mark.parametrize("steps", [1, 2, MOST_STEPS, MOST_STEPS + 1])
+def test_levels_of_ones_own_end_with_0_and_are_at_most_ten_thousand_steps(steps):
+    levels = torch.linspace(1, 0, steps + 1)
+    for given in (levels, levels[:-1], levels.tolist()):
+        if steps > MOST_STEPS:
+            with pytest.raises(ValueError, match="must be 1 to 10000 falling noise levels"):
+                own_levels(given)
+        else:
+            assert own_levels(given).equal(levels)
 
 
 @pytest.mark.parametrize(("skip_start", "passes"), [(0.0, 4), (0.3, 3)])

@@ -210,6 +210,14 @@ def test_what_the_official_code_cannot_do_is_named(change, sentence):
     assert sentence in str(error.value)
 
 
+def test_a_step_that_leaves_out_all_tokens_and_no_more_is_refused():
+    how = Upstream(
+        scheduler_start_step=1, error_reset_steps=(), skip_num_step=-32, skip_num_step_length=1
+    )
+    with pytest.raises(ValueError, match=r"leave 64 of 64 tokens out at step 1 \(0 low, 64 high"):
+        plan(how, 6, 64)
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import sys
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -17,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import devices
 import minidit
 import train
 from minidit.clip import CLIPConfig, CLIPTextEncoder
@@ -817,3 +819,19 @@ def test_fixed_prompts_ask_for_things_that_are_known():
     known = [name.text for name in REAL_NAMES()]
     for prompt in train.PROMPTS:
         assert any(name in prompt for name in known), prompt
+
+
+def test_devices_compares_with_the_cpu(monkeypatch, capsys):
+    monkeypatch.setattr(devices, "WAYS", ((torch.float32, False), (torch.float16, False)))
+    monkeypatch.setattr(devices, "SIDE", 8)
+    monkeypatch.setattr(sys, "argv", ["devices.py", "--device", "cpu"])
+    devices.main()
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[3:]]
+    assert [row[:4] for row in rows] == [
+        [family, dtype, "no", ras]
+        for family in models.PIXELS
+        for ras in ("no", "yes")
+        for dtype in ("float32", "float16")
+    ]
+    off = [float(row[4]) for row in rows]
+    assert not any(off[::2]) and all(0 < x < 0.2 for x in off[1::2])
