@@ -474,10 +474,10 @@ def test_pictures_of_every_mode_are_read_as_people_see_them():
     palette = red.quantize(2)
     palette.info["transparency"] = palette.getpixel((0, 0))
     assert to_rgb(palette).getpixel((0, 0)) == (255, 255, 255)
-    deep = Image.fromarray(np.array([[0, 257 * 100, 65535]], np.uint16))
+    deep = Image.fromarray(np.array([[0, 400, 257 * 100, 65535]], np.uint16))
     assert deep.mode == "I;16"
-    assert np.asarray(to_grey(deep)).tolist() == [[0, 100, 255]]
-    assert np.asarray(to_rgb(deep.convert("I")))[0, 1].tolist() == [100, 100, 100]
+    assert np.asarray(to_grey(deep)).tolist() == [[0, 2, 100, 255]]  # 400 / 257 = 1.56
+    assert np.asarray(to_rgb(deep.convert("I")))[0, 2].tolist() == [100, 100, 100]
     with pytest.raises(ValueError, match="within -1..0"):
         to_rgb(Image.fromarray(np.array([[-1, 0]], np.int32)))
     turned = Image.new("RGB", (2, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given
@@ -11,6 +12,7 @@ from ras import SCORES, History, RASConfig, Region, Step
 from ras.run import observe
 from ras.select import priority
 from ras.tokens import mask_of, patchify, unpatchify
+from ras.values import is_count, is_number, short
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -240,6 +242,28 @@ def test_patchify_and_unpatchify_are_inverse_and_row_major(seed, batch, h, w, pa
     row, column = seed % h, seed % w
     cell = pixels[:, :, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch]
     assert tokens[:, row * w + column].equal(cell.flatten(2).transpose(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("value", "count", "number"),
+    [
+        (3, True, True), (-2, True, True), (2**31 - 1, True, True), (2**31, False, True),
+        (np.int64(3), True, True), (np.float32(0.5), False, True), (2.0, False, True),
+        (True, False, False), (float("nan"), False, False), (10**400, False, False),
+        ("3", False, False), (None, False, False),
+    ],
+)  # fmt: skip
+def test_what_is_a_count_and_what_a_number(value, count, number):
+    assert bool(is_count(value)) is count and bool(is_number(value)) is number
+
+
+@given(st.text(max_size=200), st.integers(10, 90))
+def test_a_value_in_a_sentence_is_one_line_of_bounded_length(text, length):
+    shown = short(text, length)
+    assert len(shown) <= length and "\n" not in shown
+    if len(repr(text)) < length and text.isalnum():
+        assert shown == repr(text)
+    assert len(short("x" * 200, length)) == length and short("x" * 200, length).endswith("...")
 
 
 def test_history_knows_when_every_token_was_last_computed():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 import unicodedata
 import warnings
@@ -190,6 +191,7 @@ def test_what_is_cut_off_is_quoted(tokenizer) -> None:
     with pytest.warns(UserWarning, match="window 8.*many more words.* is cut off") as caught:
         ids_of(tokenizer, "zq zq zq zq zq zq zq zq and many more words!", 8)
     assert len(caught) == 1 and caught[0].filename == __file__.replace(".pyc", ".py")
+    assert not {"</s>", "<|endoftext|>"} & {*re.split("[' ]", str(caught[0].message))}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ids_of(tokenizer, "zq", len(tokenizer.encode("zq")))  # fits exactly
