@@ -1,7 +1,7 @@
 """How the tests are tested: small, realistic mistakes, put into the code one at a time.
 
 `python -m tests.mutants` says which of them the suite notices. Every round has a list, mistakes.py,
-second.py and third.py; a test of the suite keeps them applicable.
+second.py, third.py and fourth.py; a test of the suite keeps them applicable.
 
 First round: 303 of 306 were noticed by the tests of their file. Of the other three, run.py:2 is
 noticed by test_ras_sampling, which is now in its list, pipeline.py:6 since
@@ -14,4 +14,9 @@ once, 51 by the whole suite. There are tests for the other 13 now.
 Third round, made up from the code alone after those: 43 of 48 were noticed at once, 90 %. There are
 tests for the other 5 now (ras/trace.py:0, ras/record.py:0, ras/given.py:1, scheduler.py:0 and
 pipeline.py:0), which says nothing of mistakes that nobody has made up yet.
+
+Fourth round, again from the code alone: of the 99 that came to mind 44 were in an earlier round
+already, and 3 were none on a CPU. Of the 52 that were new, 39 were noticed at once, 75 %, and 40 by
+the whole suite: what is left to be made up is what tests find hardest. nextdit.py:1 turned out to
+be none on a CPU either, where attention to nothing is zero; there are tests for the other 11 now.
 """

@@ -167,7 +167,7 @@ FOURTH: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ],
     ),
     "minidit/parts.py": (
-        "parts nextdit mmdit",
+        "parts nextdit mmdit ras_network",
         [
             (
                 "inverse = (norm.square() / x.shape[-1] + self.eps)",
