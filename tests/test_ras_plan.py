@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import ras
-from ras import PRESETS, RASConfig, Upstream, plan
+from ras import PRESETS, Given, RASConfig, Upstream, plan
+from ras.values import is_count, is_number, short
 
 ratios = st.floats(0.01, 1.0, exclude_max=True)
 
@@ -118,6 +122,13 @@ def test_a_plan_is_the_same_for_every_call_and_prints():
         ({"prefer": "middle"}, "prefer is 'middle'"),
         ({"starvation": -1}, "starvation is -1"),
         ({"end": 1.5}, "end is 1.5, must be None, a step number, or a share in (0, 1)"),
+        ({"end": 0}, "end is 0, must be at least start = 1"),  # start is a share
+        ({"end": True}, "end is True"),
+        ({"refresh": (9, 9.5)}, "refresh is (9, 9.5), must be step numbers from start = 1"),
+        ({"refresh": (True,)}, "refresh is (True,)"),
+        ({"fall": float("nan")}, "fall is nan, must be a finite number"),
+        ({"score": ["std"]}, "score is ['std'], must be one of std"),
+        ({"starvation": 10**400}, "starvation is 1000"),
     ],
 )
 def test_impossible_settings_are_named(settings, sentence):
@@ -147,10 +158,14 @@ def test_a_share_as_end_keeps_the_rest_of_the_run_dense(steps, last):
     [
         (RASConfig(end=20), 20, "end is 20, must be within 7..19 in this run"),
         (
-            RASConfig(start=4, end=None, refresh=(9, 30)),
+            RASConfig(start=4, end=None, refresh=(9, 30, 31)),
             28,
             "refresh names step 30, must be within 4..27",
         ),
+        (RASConfig, 28, "config is <class 'ras.config.RASConfig'>, must be a ras.RASConfig or"),
+        ("paper", 28, "config is 'paper', must be a ras.RASConfig or"),
+        (Upstream(), 0, "steps is 0"),
+        (Upstream(error_reset_steps=(30, 31)), 30, "names step 30, must be below steps = 30"),
         (RASConfig(), 0, "steps is 0"),
         (RASConfig(), 2.0, "steps is 2.0, must be an integer"),
         (RASConfig.preset("upstream_sd3"), 20, "error_reset_steps names step 20"),
@@ -161,6 +176,16 @@ def test_configs_that_do_not_fit_the_run_are_named(config, steps, sentence):
     with pytest.raises(ValueError) as error:
         plan(config, steps, 64)
     assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize("config", [RASConfig(), Upstream(), Given(mask=torch.ones(1, 1, 64) > 0)])
+def test_a_run_has_at_least_one_token_and_at_most_10000_steps(config):
+    assert len(plan(config, 10_000, 64)) == 10_000
+    with pytest.raises(ValueError, match="steps is 10001, must be at most 10000"):
+        plan(config, 10_001, 64)
+    for tokens in (0, -1, 64.0, True):
+        with pytest.raises(ValueError, match=f"tokens is {tokens}, must be an integer"):
+            plan(config, 28, tokens)
 
 
 @pytest.mark.parametrize("name", ["default", "paper"])
@@ -223,11 +248,24 @@ def test_every_choice_of_the_presets():
     )  # fmt: skip
 
 
+def test_lists_of_steps_are_as_good_as_tuples():
+    assert RASConfig(refresh=[9]) == RASConfig(refresh=(9,))
+    assert Upstream(error_reset_steps=[0, 9]) == Upstream(error_reset_steps=(0, 9))
+
+
+@given(st.text("a \n\x1b'\u2028é", max_size=99) | st.lists(st.integers()), st.integers(3, 90))
+def test_a_value_in_a_sentence_is_one_line_and_cut_where_it_is_longer(value, length):
+    text, whole = short(value, length), " ".join(repr(value).split())
+    assert text == whole if len(whole) <= length else text == f"{whole[: length - 3]}..."
+    assert not is_number(10**400) and not is_count(2**31) and is_count(2**31 - 1)
+
+
 def test_presets():
     for name in ("default", "paper", "upstream_sd3", "upstream_lumina"):
         assert any(step.regional for step in plan(RASConfig.preset(name), 30, 4096))
-    with pytest.raises(KeyError, match="no preset 'fast', only default"):
-        RASConfig.preset("fast")
+    for other in ("fast", ["paper"], None):
+        with pytest.raises(KeyError, match=re.escape(f"no preset {other!r}, only default")):
+            RASConfig.preset(other)
 
 
 def test_with_ratio_reaches_the_official_settings_too():

@@ -167,6 +167,11 @@ def test_random_scores_depend_on_the_step_only():
     score = SCORES["random"](history)
     assert score.equal(SCORES["random"](history)) and score[0].equal(score[1])
     assert not score.equal(SCORES["random"](history._replace(step=1)))
+    many = after_one_step(random_velocity(0, 1, 4096))
+    scores = torch.cat([SCORES["random"](many._replace(step=i)) for i in range(9)])
+    assert 0 <= scores.min() < 0.01 and 0.99 < scores.max() < 1  # all of them count, log and all
+    assert (scores.mean(dim=1) - 0.5).abs().max() < 0.05
+    assert scores.argmax(dim=1).unique().numel() > 3  # and none is always first
 
 
 @given(seeds, st.sampled_from(["low", "high"]), st.floats(0, 3), st.integers(0, 9))

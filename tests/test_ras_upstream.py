@@ -231,12 +231,29 @@ def test_a_step_that_leaves_out_all_tokens_and_no_more_is_refused():
         ({"starvation_scale": float("nan")}, "starvation_scale is nan"),
         ({"skip_num_step_length": -1}, "skip_num_step_length is -1"),
         ({"skip_num_step": 0.5}, "skip_num_step is 0.5, must be an integer"),
+        ({"skip_num_step_length": 4.0}, "skip_num_step_length is 4.0, must be at least 0"),
+        ({"scheduler_start_step": 4.0}, "scheduler_start_step is 4.0, must be an integer"),
+        ({"scheduler_end_step": True}, "scheduler_end_step is True, must be an integer"),
+        ({"error_reset_steps": (12, 1.5)}, "error_reset_steps is (12, 1.5)"),
+        ({"sample_ratio": 1.01}, "sample_ratio is 1.01, must be in (0, 1]"),
+        ({"high_ratio": 1.01}, "high_ratio is 1.01, must be in (0, 1]"),
+        ({"starvation_scale": "a"}, "starvation_scale is 'a', must be a finite number"),
     ],
 )
 def test_impossible_settings_are_named(change, sentence):
     with pytest.raises(ValueError) as error:
         Upstream(**change)
     assert sentence in str(error.value)
+
+
+def test_values_at_their_limits_are_possible():
+    how = Upstream(sample_ratio=1, scheduler_start_step=1, error_reset_steps=(0,))
+    assert [step.regional for step in plan(how, 5, 16)] == [False] * 5  # all active is dense
+    assert Upstream(scheduler_start_step=7, scheduler_end_step=7).scheduler_end_step == 7
+    nearly = Upstream(sample_ratio=1 / 16, scheduler_start_step=1, error_reset_steps=())
+    assert plan(nearly, 4, 16)[1].active == 1
+    with pytest.raises(ValueError, match="leave 16 of 16 tokens out at step 1"):
+        plan(Upstream(sample_ratio=1e-18, scheduler_start_step=1, error_reset_steps=()), 4, 16)
 
 
 def test_defaults_are_those_of_the_official_arguments():
