@@ -301,6 +301,11 @@ def test_a_tokenizer_built_by_hand_pads_on_the_right() -> None:
     row = plain.encode("a cat")
     assert plain("a cat", len(row) + 2).tolist() == [[*row, 0, 0]]
     assert left("a cat", len(row) + 2).tolist() == [[0, 0, *row]]
+    bare = SentencePieceTokenizer(T5.model, special, pad_to=4)  # no token starts or ends a row
+    for text, tokens in (("", 0), ("a cat", len(row) - 1)):
+        ids, mask = bare(text)
+        assert ids.shape == mask.shape == (1, max(4, -(-tokens // 4) * 4))
+        assert mask.tolist() == [[1] * tokens + [0] * (ids.shape[1] - tokens)]
     for pad in (None, "<blank>", 0):
         with pytest.raises(ValueError, match="special has no token"):
             SentencePieceTokenizer(T5.model, special, pad=pad)
