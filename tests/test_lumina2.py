@@ -235,7 +235,7 @@ def test_pictures_beyond_the_positions_are_refused_along_either_side(rows, colum
         ({"axes_dim_rope": (32, 32, 34)}, "add up to the width of a head, 96"),
         ({"axes_lens": (300, 0, 512)}, "axes_lens is (300, 0, 512)"),
         ({"axes_lens": (300, 512)}, "axes_lens is (300, 512), must be three numbers"),
-        ({"axes_dim_rope": (0, 48, 48)}, "axes_dim_rope is (0, 48, 48), must be three even numbers"),
+        ({"axes_dim_rope": (0, 48, 48)}, "axes_dim_rope is (0, 48, 48), must be three"),
         ({"ffn_dim_multiplier": 0.0}, "ffn_dim_multiplier is 0.0, must be above 0"),
         ({"norm_eps": float("nan")}, "norm_eps is nan, must be a finite number"),
     ],
