@@ -19,7 +19,7 @@ import minidit
 from minidit import denoise, flow_sigmas
 from minidit.edit import Source, first_step, latent_masks, read_pictures, to_grey, to_rgb
 from minidit.flow import Guidance, Known
-from ras import Given, RASConfig, Record
+from ras import Given, RASConfig, Record, Upstream
 from ras.plan import Step
 
 RUNS = [
@@ -252,6 +252,7 @@ def test_a_step_that_only_the_edit_guides_is_refused():
     record, arguments = Record(), (tiny_model("lumina"), noise(2, 6, 8), flow_sigmas(6, 3.0))
     conds = [conditioning("lumina", 2, seed) for seed in (1, 9)]
     denoise(*arguments, *conds, Guidance(3.0, cfg_trunc_ratio=0.5), record=record)
+    assert record.guided  # its first steps were
     config = Given(0).at(SOME, record)
     for ratio in (0.5, 0.3):
         how = Guidance(3.0, cfg_trunc_ratio=ratio)
@@ -265,8 +266,9 @@ def test_given_without_a_mask_and_records_of_regional_runs_are_refused(family):
         draw(family, ras=Given())
     with pytest.raises(ValueError, match="12 tokens, must have 20"):
         Given().at(SOME).plan(4, 20)
-    with pytest.raises(ValueError, match="record is for dense runs"):
-        draw(family, ras=RASConfig(), record=Record())
+    for config in (RASConfig(), Upstream(), Given().at(SOME)):
+        with pytest.raises(ValueError, match="record is for dense runs"):
+            draw(family, ras=config, record=Record())
     for every in (0, 1.0, True):
         with pytest.raises(ValueError, match=f"every is {every}, must be an integer of at least 1"):
             Record(every=every)
@@ -466,11 +468,12 @@ def test_refused(message):
 
 
 @pytest.mark.parametrize("length", [8, 24])
-def test_prompts_of_another_length_are_refused_where_text_is_cached(length):
-    pipe = pipeline("pipe_sd3_inpaint")
-    out = call(pipe, height=32, width=48, keep=True, max_sequence_length=16)
-    with pytest.raises(ValueError, match="text tokens"):
-        pipe.edit(out, BOX, "a fox", guidance=3.0, max_sequence_length=length)
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_prompts_of_another_length_are_refused_where_text_is_cached(length, guidance):
+    pipe, how = pipeline("pipe_sd3_inpaint"), {"guidance": guidance}
+    out = call(pipe, height=32, width=48, keep=True, max_sequence_length=16, **how)
+    with pytest.raises(ValueError, match="drawn with .* text tokens, the edit has"):
+        pipe.edit(out, BOX, "a fox", max_sequence_length=length, **how)
 
 
 def test_edits_that_do_not_suit_the_drawing_are_refused(pipe):

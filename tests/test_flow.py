@@ -36,6 +36,8 @@ def test_sigmas_fall_from_one_to_zero(steps, shift):
     ("steps", "shift", "sentence"),
     [
         (0, 1.0, "steps is 0"),
+        (10_001, 1.0, "steps is 10001, must be an integer within 1..10000"),
+        (4, 2e6, "shift is 2000000.0, must be a finite number within 1e-06..1e"),
         (2.5, 1.0, "steps is 2.5"),
         (4, 0.0, "shift is 0.0"),
         (4, math.nan, "shift is nan"),

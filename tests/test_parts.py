@@ -174,6 +174,16 @@ def test_what_does_not_fit_is_named_by_every_network(kind, change, sentence):
     assert sentence in str(error.value)
 
 
+def test_a_noise_level_is_one_number_or_one_for_each_sample():
+    latents = noise(2, 4, 4)
+    for sigma in (0.5, torch.tensor(0.5), torch.tensor([[0.5]]), torch.tensor([0.5, 0.5]).double()):
+        level = parts.batch_sigma(sigma, latents)
+        assert level.equal(torch.tensor([0.5, 0.5])) and level.dtype == torch.float32
+    for shape in ((3,), (2, 1), (1, 2), (0,)):
+        with pytest.raises(ValueError, match=r"sigma has shape .*, must be a number or \(2,\)"):
+            parts.batch_sigma(torch.zeros(shape), latents)
+
+
 def test_ids_are_whole_numbers_of_the_table():
     table = torch.nn.Embedding(9, 2)
     for dtype in (torch.int32, torch.int64):

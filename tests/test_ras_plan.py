@@ -42,9 +42,11 @@ def test_a_falling_ratio_is_linear_and_keeps_its_mean(ratio, fall, steps):
     assert counts[0] - counts[-1] == pytest.approx(fall * 10_000, abs=1)
 
 
-@given(st.integers(0, 6), st.integers(1, 8), st.integers(2, 50))
-def test_refresh_steps_are_spread_evenly(count, start, length):
-    steps = plan(RASConfig(start=start, end=None, refresh=count), start + length, 64)
+@given(st.integers(0, 6), st.integers(1, 8), st.integers(2, 50), st.integers(0, 9))
+def test_refresh_steps_are_spread_evenly(count, start, length, later):
+    end = start + length - 1 if later else None
+    steps = plan(RASConfig(start=start, end=end, refresh=count), start + length + later, 64)
+    assert not any(step.regional for step in (*steps[:start], *steps[start + length :]))
     dense = [t for t in range(start, start + length) if not steps[t].regional]
     assert len(dense) == min(count, (length - 1) // 2)
     edges = [start - 1, *dense, start + length]
@@ -60,6 +62,14 @@ def test_a_falling_ratio_may_reach_one_which_is_dense(fall):
     steps = plan(config, 6, 100)
     assert [step.active for step in steps] == [100, *counts]
     assert [step.regional for step in steps] == [False] + [count < 100 for count in counts]
+
+
+@given(st.floats(-0.5, 0.5), st.integers(1, 9))
+def test_the_ratio_of_a_single_regional_step_is_the_mean(fall, step):
+    config = RASConfig(ratio=0.5, fall=fall, start=step, end=step, refresh=0)
+    assert [one.active for one in plan(config, 10, 1000)] == [1000] * step + [500] + [1000] * (
+        9 - step
+    )
 
 
 def test_two_refreshes_of_28_steps_are_the_ones_of_the_official_script():

@@ -203,7 +203,11 @@ def test_a_cache_holds_the_rows_of_the_last_time_and_frees_all():
     assert cache["a"][0].equal(dense[0]) and cache["a"][1].equal(dense[1])
     again_k = dense[0]
 
+    with pytest.raises(ValueError, match="no keys and values of layer 'b' yet"):
+        cache.write("b", new_k, new_v, rows)
+
     other = cache.apart("more")
+    assert other is not cache.apart("another")
     assert other is cache.apart("more") is not cache and not other.nbytes
     other.write("a", new_k, new_v, None)
     assert cache.nbytes == 2 * 2 * 5 * 2 * 4 + other.nbytes and cache["a"][0].equal(again_k)

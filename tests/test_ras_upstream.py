@@ -167,6 +167,19 @@ def test_products_of_ratio_and_sides_are_truncated_from_left_to_right():
                 assert plan(how, 3, side * side)[1].active == side * side - stale
 
 
+@given(st.integers(2, 40), st.integers(1, 12), st.integers(1, 9), st.sampled_from([-64, 64, 256]))
+def test_groups_of_steps_leave_out_more_and_more_tokens(steps, start, length, each):
+    """By `each` from one group of `length` steps to the next; around half of steps + start it is
+    the average of the ratio, as far as whole groups allow."""
+    how = Upstream(
+        scheduler_start_step=start, scheduler_end_step=99, error_reset_steps=(),
+        skip_num_step=each, skip_num_step_length=length,
+    )  # fmt: skip
+    middle = int(int((steps + start) / length) / 2)
+    wanted = [2**19 + each * (t // length - middle) for t in range(start, steps)]
+    assert [2**20 - step.active for step in plan(how, steps, 2**20)[start:]] == wanted
+
+
 def test_the_step_after_the_first_chooses_even_where_it_is_the_end_step():
     how = Upstream(scheduler_start_step=1, scheduler_end_step=1, error_reset_steps=())
     assert [step.regional for step in plan(how, 4, 16)] == [False, True, False, False]

@@ -170,6 +170,13 @@ def test_any_text_has_ids(tokenizer, text: str) -> None:
 
 
 @each_tokenizer
+def test_halves_of_a_character_are_joined_and_lone_ones_are_replacement_characters(tokenizer):
+    assert tokenizer.encode("a \ud83e\uddd1") == tokenizer.encode("a 🧑")
+    for half in ("\ud83e", "\uddd1"):
+        assert tokenizer.encode(f"a {half}b") == tokenizer.encode("a \ufffdb")
+
+
+@each_tokenizer
 @given(texts=st.lists(TEXTS, min_size=1, max_size=4), length=st.integers(2, 12))
 def test_batches_are_singles_cut_and_padded(tokenizer, texts: list[str], length: int) -> None:
     with warnings.catch_warnings():
