@@ -110,6 +110,12 @@ def test_a_token_is_a_patch_of_the_model(patch):
     assert trace.grid == (8 // patch, 12 // patch)
 
 
+def test_without_regions_latents_of_any_size_will_do():
+    start = noise(1, 3, 5)
+    latents, _ = denoise(lambda x, sigma: x / x, start, flow_sigmas(3, 1.0), {}, correct=True)
+    assert torch.allclose(latents, start - 1, atol=1e-5)
+
+
 def test_guidance_one_does_not_run_the_unconditional_half():
     batches = []
 
