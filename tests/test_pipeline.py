@@ -197,12 +197,14 @@ def test_a_negative_prompt_of_one_picture_is_not_lost():
         pipe(prompts, negative_prompt=["", ""], guidance=1, steps=1, height=32, width=32)
 
 
-def test_negatives_of_encode_are_texts():
+def test_encode_takes_texts():
     pipe = pipeline("pipe_lumina")
-    assert len(pipe.encode(["a cat"], "ugly")["context"]) == 2
+    assert len(pipe.encode("a cat", "ugly")["context"]) == 2
     for wrong in (None, [5], 0):
         with pytest.raises(ValueError, match="negatives is .*, must be a"):
             pipe.encode(["a cat"], wrong)
+        with pytest.raises(ValueError, match="prompts is .*, must be a"):
+            pipe.encode(wrong)
 
 
 def test_a_generator_draws_the_batch_at_once(pipe):
