@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 import minidit
 from minidit import denoise, flow_sigmas
 from minidit.edit import Source, first_step, latent_masks, read_pictures, to_grey, to_rgb
-from minidit.flow import Known
-from ras import Given, RASConfig, Record
+from minidit.flow import Guidance, Known
+from ras import Given, RASConfig, Record, Upstream
 from ras.plan import Step
 
 RUNS = [
@@ -219,10 +219,46 @@ def test_steps_that_are_not_kept_are_read_off_a_line_in_sigma():
     assert record.nbytes == 3 * 2 * 4 * 2 * 4 + 7 * 4 * 4
 
 
-@pytest.mark.parametrize("bad", [{"ring": -1}, {"ring": "2"}, {"every": 0}, {"every": 1.5}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"ring": -1}, {"ring": "2"}, {"ring": np.nan}, {"ring": True}, {"every": 0}, {"every": 1.5},
+        {"every": True}, {"mask": [[True]]}, {"record": 5}, {"first": -1}, {"first": 0.0},
+    ],
+)  # fmt: skip
 def test_given_refuses(bad):
     with pytest.raises(ValueError, match=f"{next(iter(bad))} is .*, must be"):
         Given(**bad)
+
+
+def test_given_by_default_has_a_ring_of_1_and_takes_any():
+    assert Given() == Given(1, None, None, None, 0)
+    assert Given(np.int64(2)).at(SOME).plan(2, 12)[1] == Given(2).at(SOME).plan(2, 12)[1]
+    assert not any(step.regional for step in Given(np.inf).at(SOME).plan(4, 12))
+
+
+def test_a_record_moves_what_it_keeps_where_it_was_told(family):
+    record = Record(every=2, device="meta")
+    drawn, _ = draw(family, record=record)
+    kept = [x for cache in record.caches.values() for layer in cache for x in cache[layer]]
+    assert kept and all(x.is_meta for x in kept)
+    assert len(record.path) == 7 and record.path[-1].equal(drawn)
+    assert record.nbytes == sum(x.nbytes for x in (*kept, *record.path))
+    assert record.guided
+
+
+def test_a_step_that_only_the_edit_guides_is_refused():
+    """The drawing's guidance ended before it, so that nothing of the negative prompt is kept."""
+    record, arguments = Record(), (tiny_model("lumina"), noise(2, 6, 8), flow_sigmas(6, 3.0))
+    conds = [conditioning("lumina", 2, seed) for seed in (1, 9)]
+    denoise(*arguments, *conds, Guidance(3.0, cfg_trunc_ratio=0.5), record=record)
+    assert record.guided  # its first steps were
+    config = Given(0).at(SOME, record)
+    for ratio in (0.5, 0.3):
+        how = Guidance(3.0, cfg_trunc_ratio=ratio)
+        assert denoise(*arguments, *conds, how, ras=config)[0].isfinite().all()
+    with pytest.raises(ValueError, match="guides a step that the drawing did not"):
+        denoise(*arguments, *conds, Guidance(3.0, cfg_trunc_ratio=0.7), ras=config)
 
 
 def test_given_without_a_mask_and_records_of_regional_runs_are_refused(family):
@@ -230,10 +266,12 @@ def test_given_without_a_mask_and_records_of_regional_runs_are_refused(family):
         draw(family, ras=Given())
     with pytest.raises(ValueError, match="12 tokens, must have 20"):
         Given().at(SOME).plan(4, 20)
-    with pytest.raises(ValueError, match="record is for dense runs"):
-        draw(family, ras=RASConfig(), record=Record())
-    with pytest.raises(ValueError, match="every is 0"):
-        Record(every=0)
+    for config in (RASConfig(), Upstream(), Given().at(SOME)):
+        with pytest.raises(ValueError, match="record is for dense runs"):
+            draw(family, ras=config, record=Record())
+    for every in (0, 1.0, True):
+        with pytest.raises(ValueError, match=f"every is {every}, must be an integer of at least 1"):
+            Record(every=every)
 
 
 # ---------------------------------------------------------------- the pipeline
@@ -258,6 +296,31 @@ def test_a_white_mask_and_strength_1_draw_what_the_text_alone_draws(pipe):
     white = call(pipe, image=PICTURE, mask=Image.new("L", (48, 32), 255))
     assert white.latents.equal(out.latents)
     assert np.array_equal(white.images[0], out.images[0])
+
+
+def test_strength_is_six_tenths_where_no_mask_says_what_to_keep():
+    pipe, levels = pipeline("pipe_lumina"), []
+    out, told = (
+        call(pipe, image=PICTURE, steps=10, output="latent", **strength,
+             callback=lambda i, sigma, *_: levels.append(sigma))
+        for strength in ({}, {"strength": 0.6})
+    )  # fmt: skip
+    assert out.latents.equal(told.latents) and len(levels) == 12
+
+
+def test_a_drawing_may_be_redrawn_without_a_mask():
+    """All of it, from its last latents, with as much noise as the strength says."""
+    pipe = pipeline("pipe_lumina")
+    out = call(pipe, height=32, width=48, keep=True)
+    new = call(pipe, image=out, strength=0.5, steps=None, seed=4, ras=None)
+    source = Source(out, None, 0.5, 1, 16)
+    start = torch.randn(out.latents.shape, generator=torch.Generator().manual_seed(4))
+    levels = source.levels(torch.tensor(out.record.levels))
+    latents, known = source.start(pipe, start, levels)
+    assert known is None and len(levels) == 3
+    assert torch.allclose(latents, levels[0] * start + (1 - levels[0]) * out.latents, atol=1e-6)
+    assert new.latents.shape == out.latents.shape and not new.latents.equal(out.latents)
+    assert not np.array_equal(np.asarray(new.images[0])[:8], np.asarray(out.images[0])[:8])
 
 
 @pytest.mark.parametrize("ras", [None, Given(), RASConfig()])
@@ -335,14 +398,26 @@ def test_a_record_of_every_second_step_serves_too():
     assert 1e-3 < (new.latents - out.latents).abs().max() < 2  # close, and not the same
 
 
+SKIP = {"skip_layers": [1], "skip_start": 0.1, "skip_stop": 0.6}
+
+
 def test_skipped_layers_are_recorded_too():
-    pipe, skip = (
-        pipeline("pipe_sd35_slg"),
-        {"skip_layers": [1], "skip_start": 0.1, "skip_stop": 0.6},
-    )
-    out = call(pipe, height=32, width=48, keep=True, **skip)
-    again = pipe.edit(out, BOX, "a cat", guidance=3.0, seed=0, ras=Given(0), **skip)
+    pipe = pipeline("pipe_sd35_slg")
+    out = call(pipe, height=32, width=48, keep=True, **SKIP)
+    again = pipe.edit(out, BOX, "a cat", guidance=3.0, seed=0, ras=Given(0), **SKIP)
     assert torch.allclose(again.latents, out.latents, atol=1e-4)
+
+
+def test_an_edit_may_skip_layers_where_the_drawing_did_not():
+    """That pass has no keys to take from the record: it computes every token."""
+    pipe = pipeline("pipe_sd35_slg")
+    out = call(pipe, height=32, width=48, keep=True)
+    skipping = call(pipe, height=32, width=48, **SKIP)
+    edited = pipe.edit(out, Image.new("L", (48, 32), 255), "a cat", seed=0, guidance=3.0, **SKIP)
+    assert torch.allclose(edited.latents, skipping.latents, atol=1e-4)  # all of it drawn anew
+    part = pipe.edit(out, BOX, "a cat", seed=0, guidance=3.0, ras=Given(0), **SKIP)
+    assert not torch.allclose(part.latents, out.latents, atol=1e-2)
+    assert part.latents.isfinite().all()
 
 
 REFUSED = {
@@ -363,6 +438,13 @@ REFUSED = {
     "strength is 1.5, must be": {"image": PICTURE, "strength": 1.5},
     "strength is 0, which draws nothing": {"image": PICTURE, "strength": 0},
     "width is 64, but image is 48x32 pixels": {"image": PICTURE, "width": 64},
+    "height is 48, but image is 48x32 pixels": {"image": PICTURE, "height": 48},
+    "image is 48x30 pixels, both must be multiples of 16": {"image": PICTURE.resize((48, 30))},
+    "mask is 48x16 pixels, the picture 48x32": {
+        "prompt": ["a", "b"], "image": [PICTURE] * 2, "mask": [BOX, BOX.crop((0, 0, 48, 16))],
+    },
+    "mask has 3 pictures, must have 1": {"image": PICTURE, "mask": [BOX] * 3},
+    "within 70000..70000, must be": {"image": Image.fromarray(np.full((32, 48), 70000, np.int32))},
     "latents are for 32x32 pixels": {
         "image": PICTURE, "latents": torch.zeros(1, 16, 4, 4), "seed": None,
     },
@@ -379,22 +461,29 @@ def test_refused(message):
         call(pipeline("pipe_sd3_inpaint"), **REFUSED[message])
 
 
-def test_prompts_of_another_length_are_refused_where_text_is_cached():
-    pipe = pipeline("pipe_sd3_inpaint")
-    out = call(pipe, height=32, width=48, keep=True, max_sequence_length=16)
-    with pytest.raises(ValueError, match="text tokens"):
-        pipe.edit(out, BOX, "a fox", guidance=3.0, max_sequence_length=8)
+@pytest.mark.parametrize("length", [8, 24])
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_prompts_of_another_length_are_refused_where_text_is_cached(length, guidance):
+    pipe, how = pipeline("pipe_sd3_inpaint"), {"guidance": guidance}
+    out = call(pipe, height=32, width=48, keep=True, max_sequence_length=16, **how)
+    with pytest.raises(ValueError, match="drawn with .* text tokens, the edit has"):
+        pipe.edit(out, BOX, "a fox", max_sequence_length=length, **how)
 
 
 def test_edits_that_do_not_suit_the_drawing_are_refused(pipe):
-    with pytest.raises(ValueError, match="without record"):
-        pipe.edit(call(pipe, height=32, width=48), BOX, "a fox")
+    for options in ({}, {"output": "numpy", "keep": True}, {"output": "latent", "keep": True}):
+        with pytest.raises(ValueError, match="without record"):
+            pipe.edit(call(pipe, height=32, width=48, **options), BOX, "a fox")
     out = call(pipe, height=32, width=48, keep=True, guidance=1.0)
-    with pytest.raises(ValueError, match="steps can't be chosen"):
-        pipe.edit(out, BOX, "a fox", guidance=1.0, steps=3)
+    for name, value in (("steps", 3), ("sigmas", [1.0])):
+        with pytest.raises(ValueError, match=f"{name} can't be chosen"):
+            pipe.edit(out, BOX, "a fox", guidance=1.0, **{name: value})
     if pipe.family != "flux":  # which is told its guidance
         with pytest.raises(ValueError, match="drawn without"):
             pipe.edit(out, BOX, "a fox", guidance=3.0)
+    out.record.path[0] = out.record.path[0][:, 1:]  # of another model
+    with pytest.raises(ValueError, match="draw it with this model"):
+        pipe.edit(out, BOX, "a fox", guidance=1.0)
 
 
 def test_a_guided_drawing_serves_edits_without_guidance_and_several_of_them(pipe):
@@ -478,6 +567,10 @@ def test_pictures_of_every_mode_are_read_as_people_see_them():
     assert deep.mode == "I;16"
     assert np.asarray(to_grey(deep)).tolist() == [[0, 2, 100, 255]]  # 400 / 257 = 1.56
     assert np.asarray(to_rgb(deep.convert("I")))[0, 2].tolist() == [100, 100, 100]
+    levels = np.arange(65536)
+    wide = Image.fromarray(levels.astype(np.uint16).reshape(256, 256))
+    nearest = np.abs(levels[:, None] / 65535 - np.arange(256) / 255).argmin(axis=1)
+    assert (np.asarray(to_grey(wide)).flatten() == nearest).all()
     with pytest.raises(ValueError, match="within -1..0"):
         to_rgb(Image.fromarray(np.array([[-1, 0]], np.int32)))
     turned = Image.new("RGB", (2, 1))
@@ -489,6 +582,7 @@ def test_pictures_of_every_mode_are_read_as_people_see_them():
 def test_strength_is_the_share_of_the_steps_that_run_rounded_up(steps, strength):
     left = steps - first_step(steps, strength)
     assert max(1, steps * strength - 1e-6) <= left < steps * strength + 1
+    assert first_step(steps, 1e-300) == steps - 1
 
 
 def test_a_picture_that_fits_nowhere_near_is_told_a_size():

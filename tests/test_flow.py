@@ -36,6 +36,8 @@ def test_sigmas_fall_from_one_to_zero(steps, shift):
     ("steps", "shift", "sentence"),
     [
         (0, 1.0, "steps is 0"),
+        (10_001, 1.0, "steps is 10001, must be an integer within 1..10000"),
+        (4, 2e6, "shift is 2000000.0, must be a finite number within 1e-06..1e"),
         (2.5, 1.0, "steps is 2.5"),
         (4, 0.0, "shift is 0.0"),
         (4, math.nan, "shift is nan"),
@@ -108,6 +110,12 @@ def test_a_token_is_a_patch_of_the_model(patch):
     assert trace.grid == (8 // patch, 12 // patch)
 
 
+def test_without_regions_latents_of_any_size_will_do():
+    start = noise(1, 3, 5)
+    latents, _ = denoise(lambda x, sigma: x / x, start, flow_sigmas(3, 1.0), {}, correct=True)
+    assert torch.allclose(latents, start - 1, atol=1e-5)
+
+
 def test_guidance_one_does_not_run_the_unconditional_half():
     batches = []
 
@@ -132,6 +140,26 @@ def test_guided_channels_leave_the_others_conditional():
     sigmas = torch.tensor([1.0, 0.0])
     latents, _ = denoise(Model(), torch.zeros(1, 4, 2, 2), sigmas, cond, uncond, 3.0)
     assert latents[0, :, 0, 0].tolist() == [-4, -4, -4, -2]
+
+
+@pytest.mark.parametrize("shown", [False, True])
+def test_progress_is_shown_where_it_is_asked_for(shown, capsys):
+    denoise(lambda x, sigma: x, noise(1, 2, 2), flow_sigmas(3, 1.0), {}, progress=shown)
+    assert ("denoising: 100%" in capsys.readouterr().err) == shown
+
+
+def test_what_is_no_tensor_goes_to_the_model_as_it_is():
+    seen = []
+
+    def model(x, sigma, name, level):
+        seen.append((name, level.tolist()))
+        return x
+
+    cond, uncond = ({"name": name, "level": torch.ones(1) * i} for i, name in enumerate("ab"))
+    denoise(model, noise(1, 2, 2), flow_sigmas(1, 1.0), cond, uncond, 2.0)
+    assert seen == [("a", [1.0, 0.0])]  # the prompt's, and rows of both
+    with pytest.raises(ValueError, match="level'] has shape"):
+        denoise(model, noise(1, 2, 2), flow_sigmas(1, 1.0), cond | {"level": torch.ones(2)})
 
 
 def test_callback_sees_every_step_and_the_latents_after_it():
@@ -216,6 +244,20 @@ def test_no_gradients_are_kept():
             "uncond['level'] has shape (2,), must be (1,)",
         ),
         ({"uncond": {}, "guidance": 2.0}, "uncond['level'] is missing"),
+        (
+            {"uncond": {"level": torch.zeros(1, device="meta")}, "guidance": 2.0},
+            "uncond['level'] is on meta, must be on cpu",
+        ),
+        ({"sigmas": torch.ones(3, device="meta")}, "sigmas are tensor(..., device='meta'"),
+        ({"sigmas": torch.ones(3).long()}, "sigmas is torch.int64, must be floating point"),
+        ({"cond": {"height": torch.zeros(1)}}, "which cannot be given latents, sigma, height: "),
+        ({"model": 5}, "model is 5, which cannot be given"),
+        ({"ras": SimpleNamespace(plan=len)}, "must be a ras.RASConfig, a ras.Upstream or None"),
+        ({"ras": SimpleNamespace(select=len)}, "must be a ras.RASConfig, a ras.Upstream or None"),
+        ({"correct": 1}, "correct is 1, must be True or False"),
+        ({"progress": 0}, "progress is 0, must be True or False"),
+        ({"known": torch.zeros(1)}, "known is tensor([0.]), must be a Known or None"),
+        ({"record": True}, "record is True, must be a Record or None"),
     ],
 )
 def test_what_does_not_fit_is_named(change, sentence):
@@ -225,5 +267,5 @@ def test_what_does_not_fit_is_named(change, sentence):
         "cond": {"level": torch.zeros(1)},
     }
     with pytest.raises(ValueError) as error:
-        denoise(lambda x, sigma, level: x, **(arguments | change))
+        denoise(**({"model": lambda x, sigma, level: x} | arguments | change))
     assert sentence in str(error.value)

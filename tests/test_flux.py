@@ -170,6 +170,8 @@ def test_schnell_has_no_guidance():
         ({"in_channels": 66}, "in_channels is 66, must be a multiple of 4"),
         ({"axes_dims_rope": (64, 64)}, "axes_dims_rope is (64, 64), must be three even numbers"),
         ({"axes_dims_rope": (16, 55, 57)}, "must be three even numbers"),
+        ({"axes_dims_rope": (0, 64, 64)}, "axes_dims_rope is (0, 64, 64), must be three even"),
+        ({"axes_dims_rope": (32, 32, 32, 32)}, "must be three even numbers"),
         ({"attention_head_dim": 64}, "must sum to attention_head_dim = 64"),
         ({"attention_head_dim": 130}, "must sum to attention_head_dim = 130"),
     ],

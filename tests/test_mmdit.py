@@ -79,6 +79,9 @@ def test_a_single_token_and_the_whole_table_work():
         ({"latents": torch.zeros(1, 3, 4, 4)}, "must be (batch, 4, height, width)"),
         ({"latents": torch.zeros(1, 4, 5, 4)}, "latents are 5x4, both must be multiples of 2"),
         ({"latents": torch.zeros(1, 4, 26, 4)}, "latents are 26x4, but the position table"),
+        ({"latents": torch.zeros(1, 4, 4, 26)}, "4x26, but the position table of this model ends"),
+        ({"skip_layers": "1"}, "skip_layers is '1', must be layer numbers"),
+        ({"skip_layers": (0, 0.5)}, "skip_layers is (0, 0.5), must be layer numbers"),
         ({"sigma": torch.zeros(2)}, "sigma has shape (2,), must be a number or (1,)"),
         ({"context": torch.zeros(1, 5, 21)}, "(1, 5, 21), must be (1, tokens, 20)"),
         ({"context": torch.zeros(2, 5, 20)}, "context has shape (2, 5, 20)"),
@@ -99,6 +102,7 @@ def test_bad_inputs_are_named(change, sentence):
         ({"caption_projection_dim": 100}, "num_attention_heads * attention_head_dim = 1536"),
         ({"qk_norm": "layer_norm"}, "qk_norm is 'layer_norm', must be null or 'rms_norm'"),
         ({"dual_attention_layers": (0, 24)}, "names layer 24, must be within 0..23"),
+        ({"dual_attention_layers": (-1,)}, "names layer -1, must be within 0..23"),
     ],
 )
 def test_bad_configs_are_named(change, sentence):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from mutants.fifth import FIFTH
 from mutants.fourth import FOURTH
 from mutants.mistakes import MISTAKES, applied
 from mutants.second import SECOND
@@ -15,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.parametrize(
     ("mistakes", "file"),
-    [(each, file) for each in (MISTAKES, SECOND, THIRD, FOURTH) for file in each],
+    [(each, file) for each in (MISTAKES, SECOND, THIRD, FOURTH, FIFTH) for file in each],
 )
 def test_every_mistake_still_applies(mistakes, file):
     tests, pairs = mistakes[file]

@@ -224,6 +224,8 @@ def test_bad_inputs_are_named(change, sentence):
         ({"hidden_size": 64}, "hidden_size is 64, must be a multiple of 4"),
         ({"hidden_size": 2300}, "hidden_size is 2300, must be a multiple of 4"),
         ({"num_kv_heads": 7}, "num_kv_heads is 7, must divide num_attention_heads = 32"),
+        ({"norm_eps": 0.0}, "norm_eps is 0.0, must be above 0"),
+        ({"ffn_dim_multiplier": -1.0}, "ffn_dim_multiplier is -1.0, must be above 0"),
         ({"sample_size": 3}, "sample_size is 3, must be at least 4"),
         ({"ffn_dim_multiplier": 0.0}, "ffn_dim_multiplier is 0.0, must be above 0"),
         ({"norm_eps": float("nan")}, "norm_eps is nan, must be a finite number"),

@@ -148,6 +148,62 @@ def test_the_mean_of_many_large_text_tokens_is_finite_in_half_precision(dtype):
     assert torch.allclose(seen.float(), context[:, :250].to(dtype).float().mean(dim=1), rtol=0.005)
 
 
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"latents": torch.zeros(1, 4, 4, 5)}, "latents are 4x5, both must be multiples of 2"),
+        ({"latents": torch.zeros(1, 4, 5, 4)}, "latents are 5x4, both must be multiples of 2"),
+        ({"latents": torch.zeros(1, 4, 0, 4)}, "latents are 0x4, both must be multiples of 2"),
+        ({"latents": torch.zeros(0, 4, 4, 4)}, "latents are 4x4, both must be multiples of 2"),
+        ({"latents": torch.zeros(1, 4, 4, 4).int()}, "latents is torch.int32, must be floating"),
+        ({"latents": torch.zeros(1, 4, 4, 4, device="meta")}, "latents is on meta, must be on cpu"),
+        ({"cache": {}}, "cache is {}, must be a ras.KVCache or None"),
+        ({"context": torch.zeros(1, 5, 20, device="meta")}, "context is on meta, must be on cpu"),
+        ({"context": torch.zeros(1, 5, 20).long()}, "context is torch.int64, must be floating"),
+        ({"sigma": torch.tensor(0.5j)}, "sigma is tensor(0.+0.5"),
+        ({"sigma": float("nan")}, "sigma is nan, must be a finite number"),
+        ({"sigma": torch.zeros(1, 1, 2)}, "sigma has shape (1, 1, 2), must be a number or (1,)"),
+        ({"sigma": torch.zeros(1, device="meta")}, "sigma is tensor(..., device='meta'"),
+    ],
+)
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_what_does_not_fit_is_named_by_every_network(kind, change, sentence):
+    inputs = {"latents": noise(1, 4, 4), "sigma": 0.5, **conditioning(kind, 1)}
+    with pytest.raises(ValueError) as error:
+        tiny_model(kind)(**inputs | change)
+    assert sentence in str(error.value)
+
+
+def test_a_noise_level_is_one_number_or_one_for_each_sample():
+    latents = noise(2, 4, 4)
+    for sigma in (0.5, torch.tensor(0.5), torch.tensor([[0.5]]), torch.tensor([0.5, 0.5]).double()):
+        level = parts.batch_sigma(sigma, latents)
+        assert level.equal(torch.tensor([0.5, 0.5])) and level.dtype == torch.float32
+    for shape in ((3,), (2, 1), (1, 2), (0,)):
+        with pytest.raises(ValueError, match=r"sigma has shape .*, must be a number or \(2,\)"):
+            parts.batch_sigma(torch.zeros(shape), latents)
+
+
+def test_ids_are_whole_numbers_of_the_table():
+    table = torch.nn.Embedding(9, 2)
+    for dtype in (torch.int32, torch.int64):
+        parts.check_ids(torch.tensor([[0, 8]], dtype=dtype), table, 2, torch.ones(1, 2))
+    for ids, mask, sentence in (
+        ([[-1, 8]], None, "ids are within -1..8, must be within 0..8"),
+        ([[0, 9]], None, "ids are within 0..9, must be within 0..8"),
+        ([[0, 1, 2]], None, "ids have 3 tokens, must be at most 2"),
+        ([[]], None, "ids are torch.float32 (1, 0), must be int64 and not empty"),
+        ([[0.0, 1.0]], None, "ids are torch.float32 (1, 2), must be int64"),
+        ([0, 1], None, "ids has shape (2,), must be (batch, tokens)"),
+        ([[0, 1]], torch.ones(2, 2), "mask has shape (2, 2), must be (1, 2)"),
+    ):
+        with pytest.raises(ValueError) as error:
+            parts.check_ids(torch.tensor(ids), table, 2, mask)
+        assert sentence in str(error.value)
+    with pytest.raises(ValueError, match="not empty"):
+        parts.check_ids(torch.zeros(1, 0, dtype=torch.int64), table)
+
+
 def test_the_watershed_itself_belongs_to_ntk():
     model, tokens = tiny_model("lumina"), torch.arange(24)[None]
     at = [model._rotations(tokens, 6, 4, torch.tensor([0.25]), w)[0] for w in (0.25, 0.0, 0.5)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import warnings
 from functools import cache
 from inspect import signature
 from pathlib import Path
@@ -173,6 +174,39 @@ def test_latents_of_ones_own_are_the_noise_and_have_no_seed(pipe):
     assert own.seed is None and seeded.seed == 5
 
 
+def test_seeds_and_sizes_have_limits():
+    for seed in (-(2**63), -1, 2**64 - 1):
+        assert draw_noise((1,), seed, 1).isfinite().all()
+    for seed in (-(2**63) - 1, 2**64):
+        with pytest.raises(ValueError, match="seed is .*, must be an integer within"):
+            draw_noise((1,), seed, 1)
+    pipe = pipeline("pipe_sd3")
+    assert pipe._latent_shape(8192, 8192) == (16, 1024, 1024)
+    with pytest.raises(ValueError, match="height is 8208 and width 8192, at most 67,108,864"):
+        pipe._latent_shape(8208, 8192)
+
+
+def test_a_negative_prompt_of_one_picture_is_not_lost():
+    """The warning is about all of them, and points at the caller."""
+    pipe, prompts = pipeline("pipe_lumina"), ["a cat", "a dog"]
+    with pytest.warns(UserWarning, match="negative_prompt is ignored: guidance is 1") as caught:
+        pipe(prompts, negative_prompt=["", "ugly"], guidance=1, steps=1, height=32, width=32)
+    assert [warning.filename for warning in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe(prompts, negative_prompt=["", ""], guidance=1, steps=1, height=32, width=32)
+
+
+def test_encode_takes_texts():
+    pipe = pipeline("pipe_lumina")
+    assert len(pipe.encode("a cat", "ugly")["context"]) == 2
+    for wrong in (None, [5], 0):
+        with pytest.raises(ValueError, match="negatives is .*, must be a"):
+            pipe.encode(["a cat"], wrong)
+        with pytest.raises(ValueError, match="prompts is .*, must be a"):
+            pipe.encode(wrong)
+
+
 def test_a_generator_draws_the_batch_at_once(pipe):
     def generator():
         return torch.Generator().manual_seed(4)
@@ -205,6 +239,7 @@ def test_sigmas_are_shifted_and_end_with_0(pipe):
     want = pytest.approx([shift * s / (1 + (shift - 1) * s) for s in own])
     assert levels(own) == want
     assert levels([*own, 0]) == want and levels(torch.tensor(own)) == want
+    assert levels([1]) == levels([1, 0]) == levels(torch.tensor([1])) == pytest.approx([1.0])
     assert levels(np.array(own)) == want
 
 
@@ -514,6 +549,8 @@ BAD = [
         {"latents": torch.full((1, 4, 4, 6), torch.inf)},
         "latents have values that are not finite, or none",
     ),
+    ({"latents": torch.full((1, 4, 4, 6), torch.nan)}, "latents have values that are not finite"),
+    ({"latents": torch.zeros(1, 4, 4, 6, device="meta")}, "latents have values that are not fin"),
     ({"latents": "noise"}, "latents are 'noise', must be a floating point tensor"),
     ({"order": 2}, "this model takes no order; allowed are "),
     ({"max_sequence": 2, "use_t6": 1}, "this model takes no max_sequence, use_t6; allowed are "),

@@ -207,6 +207,13 @@ def test_bad_active_sets_are_named(family, active, sentence):
     assert sentence in str(error.value)
 
 
+def test_every_token_may_be_active(family):
+    model, cond, cache = tiny_model(family), conditioning(family, 1), KVCache()
+    dense = model(noise(1, 8, 8), 0.5, **cond, cache=cache)
+    regional = model(noise(1, 8, 8), 0.5, **cond, active=torch.arange(16)[None], cache=cache)
+    assert torch.allclose(regional, dense, atol=1e-5)
+
+
 def test_active_needs_a_filled_cache_of_its_batch(family):
     model, active = tiny_model(family), torch.tensor([[0, 1]])
     with pytest.raises(ValueError, match="need a cache"):

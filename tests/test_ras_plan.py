@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import ras
-from ras import PRESETS, RASConfig, Upstream, plan
+from ras import PRESETS, Given, RASConfig, Upstream, plan
 
 ratios = st.floats(0.01, 1.0, exclude_max=True)
 
@@ -39,9 +42,11 @@ def test_a_falling_ratio_is_linear_and_keeps_its_mean(ratio, fall, steps):
     assert counts[0] - counts[-1] == pytest.approx(fall * 10_000, abs=1)
 
 
-@given(st.integers(0, 6), st.integers(1, 8), st.integers(2, 50))
-def test_refresh_steps_are_spread_evenly(count, start, length):
-    steps = plan(RASConfig(start=start, end=None, refresh=count), start + length, 64)
+@given(st.integers(0, 6), st.integers(1, 8), st.integers(2, 50), st.integers(0, 9))
+def test_refresh_steps_are_spread_evenly(count, start, length, later):
+    end = start + length - 1 if later else None
+    steps = plan(RASConfig(start=start, end=end, refresh=count), start + length + later, 64)
+    assert not any(step.regional for step in (*steps[:start], *steps[start + length :]))
     dense = [t for t in range(start, start + length) if not steps[t].regional]
     assert len(dense) == min(count, (length - 1) // 2)
     edges = [start - 1, *dense, start + length]
@@ -57,6 +62,14 @@ def test_a_falling_ratio_may_reach_one_which_is_dense(fall):
     steps = plan(config, 6, 100)
     assert [step.active for step in steps] == [100, *counts]
     assert [step.regional for step in steps] == [False] + [count < 100 for count in counts]
+
+
+@given(st.floats(-0.5, 0.5), st.integers(1, 9))
+def test_the_ratio_of_a_single_regional_step_is_the_mean(fall, step):
+    config = RASConfig(ratio=0.5, fall=fall, start=step, end=step, refresh=0)
+    assert [one.active for one in plan(config, 10, 1000)] == [1000] * step + [500] + [1000] * (
+        9 - step
+    )
 
 
 def test_two_refreshes_of_28_steps_are_the_ones_of_the_official_script():
@@ -118,6 +131,13 @@ def test_a_plan_is_the_same_for_every_call_and_prints():
         ({"prefer": "middle"}, "prefer is 'middle'"),
         ({"starvation": -1}, "starvation is -1"),
         ({"end": 1.5}, "end is 1.5, must be None, a step number, or a share in (0, 1)"),
+        ({"end": 0}, "end is 0, must be at least start = 1"),  # start is a share
+        ({"end": True}, "end is True"),
+        ({"refresh": (9, 9.5)}, "refresh is (9, 9.5), must be step numbers from start = 1"),
+        ({"refresh": (True,)}, "refresh is (True,)"),
+        ({"fall": float("nan")}, "fall is nan, must be a finite number"),
+        ({"score": ["std"]}, "score is ['std'], must be one of std"),
+        ({"starvation": 10**400}, "starvation is 1000"),
     ],
 )
 def test_impossible_settings_are_named(settings, sentence):
@@ -147,10 +167,14 @@ def test_a_share_as_end_keeps_the_rest_of_the_run_dense(steps, last):
     [
         (RASConfig(end=20), 20, "end is 20, must be within 7..19 in this run"),
         (
-            RASConfig(start=4, end=None, refresh=(9, 30)),
+            RASConfig(start=4, end=None, refresh=(9, 30, 31)),
             28,
             "refresh names step 30, must be within 4..27",
         ),
+        (RASConfig, 28, "config is <class 'ras.config.RASConfig'>, must be a ras.RASConfig or"),
+        ("paper", 28, "config is 'paper', must be a ras.RASConfig or"),
+        (Upstream(), 0, "steps is 0"),
+        (Upstream(error_reset_steps=(30, 31)), 30, "names step 30, must be below steps = 30"),
         (RASConfig(), 0, "steps is 0"),
         (RASConfig(), 2.0, "steps is 2.0, must be an integer"),
         (RASConfig.preset("upstream_sd3"), 20, "error_reset_steps names step 20"),
@@ -161,6 +185,16 @@ def test_configs_that_do_not_fit_the_run_are_named(config, steps, sentence):
     with pytest.raises(ValueError) as error:
         plan(config, steps, 64)
     assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize("config", [RASConfig(), Upstream(), Given(mask=torch.ones(1, 1, 64) > 0)])
+def test_a_run_has_at_least_one_token_and_at_most_10000_steps(config):
+    assert len(plan(config, 10_000, 64)) == 10_000
+    with pytest.raises(ValueError, match="steps is 10001, must be at most 10000"):
+        plan(config, 10_001, 64)
+    for tokens in (0, -1, 64.0, True):
+        with pytest.raises(ValueError, match=f"tokens is {tokens}, must be an integer"):
+            plan(config, 28, tokens)
 
 
 @pytest.mark.parametrize("name", ["default", "paper"])
@@ -223,11 +257,17 @@ def test_every_choice_of_the_presets():
     )  # fmt: skip
 
 
+def test_lists_of_steps_are_as_good_as_tuples():
+    assert RASConfig(refresh=[9]) == RASConfig(refresh=(9,))
+    assert Upstream(error_reset_steps=[0, 9]) == Upstream(error_reset_steps=(0, 9))
+
+
 def test_presets():
     for name in ("default", "paper", "upstream_sd3", "upstream_lumina"):
         assert any(step.regional for step in plan(RASConfig.preset(name), 30, 4096))
-    with pytest.raises(KeyError, match="no preset 'fast', only default"):
-        RASConfig.preset("fast")
+    for other in ("fast", ["paper"], None):
+        with pytest.raises(KeyError, match=re.escape(f"no preset {other!r}, only default")):
+            RASConfig.preset(other)
 
 
 def test_with_ratio_reaches_the_official_settings_too():

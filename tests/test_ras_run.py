@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minidit import denoise
-from ras import KVCache, Region, Step, Trace
+from ras import KVCache, RASConfig, Region, Step, Trace
 from ras.tokens import flat_rows, mask_of, patchify, unpatchify
 
 
@@ -137,6 +137,36 @@ def test_heat_counts_the_regional_steps_of_one_sample(data, batch, grid):
     for outside in (-1, batch):
         with pytest.raises(ValueError, match=f"is {outside}, must be within 0..{batch - 1}"):
             trace.heat(outside)
+    for other in (0.0, True, "0"):
+        with pytest.raises(ValueError, match="sample is .*, must be within"):
+            trace.heat(other)
+
+
+def test_a_trace_of_no_step_is_of_one_picture():
+    assert Trace((2, 3)).heat().equal(torch.ones(2, 3))
+    with pytest.raises(ValueError, match="sample is 1, must be within 0..0"):
+        Trace((2, 3)).heat(1)
+
+
+@pytest.mark.parametrize("correct", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_noise_levels_of_any_precision_are_the_same_numbers(dtype, correct):
+    """A model is given them in float32, as histories have them."""
+    sigmas, seen = (torch.arange(8, -1, -1) / 8) ** 2, []  # exact in all of them
+    start = torch.randn(1, 4, 6, 8, generator=torch.Generator().manual_seed(0))
+
+    def model(latents, sigma, active=None, cache=None):
+        seen.append(sigma)
+        return latents * sigma
+
+    config = RASConfig(start=1, end=None, refresh=0, score="l2")
+    one, other = (
+        denoise(model, start, levels, {}, ras=config, correct=correct)
+        for levels in (sigmas, sigmas.to(dtype))
+    )
+    assert other[0].equal(one[0]) and other[0].dtype == torch.float32
+    assert {sigma.dtype for sigma in seen} == {torch.float32}
+    assert other[1].sigmas == sigmas.tolist()[:-1]
 
 
 def test_a_cache_moves_with_those_of_further_passes():
@@ -173,7 +203,11 @@ def test_a_cache_holds_the_rows_of_the_last_time_and_frees_all():
     assert cache["a"][0].equal(dense[0]) and cache["a"][1].equal(dense[1])
     again_k = dense[0]
 
+    with pytest.raises(ValueError, match="no keys and values of layer 'b' yet"):
+        cache.write("b", new_k, new_v, rows)
+
     other = cache.apart("more")
+    assert other is not cache.apart("another")
     assert other is cache.apart("more") is not cache and not other.nbytes
     other.write("a", new_k, new_v, None)
     assert cache.nbytes == 2 * 2 * 5 * 2 * 4 + other.nbytes and cache["a"][0].equal(again_k)

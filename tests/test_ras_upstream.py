@@ -167,6 +167,19 @@ def test_products_of_ratio_and_sides_are_truncated_from_left_to_right():
                 assert plan(how, 3, side * side)[1].active == side * side - stale
 
 
+@given(st.integers(2, 40), st.integers(1, 12), st.integers(1, 9), st.sampled_from([-64, 64, 256]))
+def test_groups_of_steps_leave_out_more_and_more_tokens(steps, start, length, each):
+    """By `each` from one group of `length` steps to the next; around half of steps + start it is
+    the average of the ratio, as far as whole groups allow."""
+    how = Upstream(
+        scheduler_start_step=start, scheduler_end_step=99, error_reset_steps=(),
+        skip_num_step=each, skip_num_step_length=length,
+    )  # fmt: skip
+    middle = int(int((steps + start) / length) / 2)
+    wanted = [2**19 + each * (t // length - middle) for t in range(start, steps)]
+    assert [2**20 - step.active for step in plan(how, steps, 2**20)[start:]] == wanted
+
+
 def test_the_step_after_the_first_chooses_even_where_it_is_the_end_step():
     how = Upstream(scheduler_start_step=1, scheduler_end_step=1, error_reset_steps=())
     assert [step.regional for step in plan(how, 4, 16)] == [False, True, False, False]
@@ -231,12 +244,29 @@ def test_a_step_that_leaves_out_all_tokens_and_no_more_is_refused():
         ({"starvation_scale": float("nan")}, "starvation_scale is nan"),
         ({"skip_num_step_length": -1}, "skip_num_step_length is -1"),
         ({"skip_num_step": 0.5}, "skip_num_step is 0.5, must be an integer"),
+        ({"skip_num_step_length": 4.0}, "skip_num_step_length is 4.0, must be at least 0"),
+        ({"scheduler_start_step": 4.0}, "scheduler_start_step is 4.0, must be an integer"),
+        ({"scheduler_end_step": True}, "scheduler_end_step is True, must be an integer"),
+        ({"error_reset_steps": (12, 1.5)}, "error_reset_steps is (12, 1.5)"),
+        ({"sample_ratio": 1.01}, "sample_ratio is 1.01, must be in (0, 1]"),
+        ({"high_ratio": 1.01}, "high_ratio is 1.01, must be in (0, 1]"),
+        ({"starvation_scale": "a"}, "starvation_scale is 'a', must be a finite number"),
     ],
 )
 def test_impossible_settings_are_named(change, sentence):
     with pytest.raises(ValueError) as error:
         Upstream(**change)
     assert sentence in str(error.value)
+
+
+def test_values_at_their_limits_are_possible():
+    how = Upstream(sample_ratio=1, scheduler_start_step=1, error_reset_steps=(0,))
+    assert [step.regional for step in plan(how, 5, 16)] == [False] * 5  # all active is dense
+    assert Upstream(scheduler_start_step=7, scheduler_end_step=7).scheduler_end_step == 7
+    nearly = Upstream(sample_ratio=1 / 16, scheduler_start_step=1, error_reset_steps=())
+    assert plan(nearly, 4, 16)[1].active == 1
+    with pytest.raises(ValueError, match="leave 16 of 16 tokens out at step 1"):
+        plan(Upstream(sample_ratio=1e-18, scheduler_start_step=1, error_reset_steps=()), 4, 16)
 
 
 def test_defaults_are_those_of_the_official_arguments():

@@ -41,6 +41,45 @@ def test_levels_are_rounded_to_float32_once(steps, shift):
         assert abs(level - float(true)) <= 2**-25 * 1.001, (steps, shift)
 
 
+@pytest.mark.parametrize(
+    ("sound", "beyond"),
+    [
+        ({"shift": 1e-6}, {"shift": 0.9e-6}),
+        ({"shift": 1e6}, {"shift": 1.1e6}),
+        ({"corrected_shift": 1e-6}, {"corrected_shift": 0.9e-6}),
+        ({"corrected_shift": 1e6}, {"corrected_shift": 1.1e6}),
+        ({"base_shift": -9.9}, {"base_shift": -10.0}),
+        ({"max_shift": 9.9}, {"max_shift": 10.0}),
+        ({"max_image_seq_len": 257}, {"max_image_seq_len": 256}),
+        ({"default_steps": 1}, {"default_steps": 0}),
+        ({"corrected_steps": 1}, {"corrected_steps": 0}),
+        ({"spacing": "even"}, {"spacing": "uneven"}),
+        ({"default_solver": "corrected"}, {"default_solver": "heun"}),
+        ({"default_guidance": 1e6}, {"default_guidance": math.inf}),
+    ],
+)
+def test_values_have_limits(sound, beyond):
+    (name,) = beyond
+    assert getattr(SchedulerConfig(**sound), name) == sound[name]
+    with pytest.raises(ValueError, match=f"{name} is .*, must be "):
+        SchedulerConfig(**beyond)
+
+
+def test_what_no_run_can_have_is_named():
+    config = SchedulerConfig()
+    for call in (config.steps, lambda solver: config.sigmas(4, solver, 16)):
+        with pytest.raises(ValueError, match="solver is 'heun', must be 'euler' or 'corrected'"):
+            call("heun")
+    for tokens in (0, 1.0, 2**31 + 1):
+        with pytest.raises(ValueError, match=f"tokens is {tokens}, must be an integer"):
+            config.shift_at(tokens)
+    steep = SchedulerConfig(use_dynamic_shifting=True, max_shift=9.0, max_image_seq_len=257)
+    with pytest.raises(ValueError, match="shift is inf, must be a finite number within"):
+        steep.shift_at(4096)
+    with pytest.raises(ValueError, match=r"levels has shape \(1, 2\), must be \(steps \+ 1,\)"):
+        config.shifted(torch.ones(1, 2), 16)
+
+
 def test_guidance_of_1_is_a_default_as_any_other():
     assert SchedulerConfig(default_guidance=1.0).default_guidance == 1
     with pytest.raises(ValueError, match="default_guidance is 0.5, must be at least 1"):
@@ -53,6 +92,9 @@ def test_what_a_file_leaves_out_is_sampled_like_sd3():
         "euler", 7.0, "trained",
     )  # fmt: skip
     assert (config.steps("euler"), config.steps("corrected")) == (28, 14)
+    assert (config.shift, config.corrected_shift, config.use_dynamic_shifting) == (1.0, None, False)
+    assert (config.base_shift, config.max_shift) == (0.5, 1.15)  # and between these lengths
+    assert (config.base_image_seq_len, config.max_image_seq_len) == (256, 4096)
 
 
 def test_every_solver_has_its_levels_steps_and_shift():

@@ -170,6 +170,13 @@ def test_any_text_has_ids(tokenizer, text: str) -> None:
 
 
 @each_tokenizer
+def test_halves_of_a_character_are_joined_and_lone_ones_are_replacement_characters(tokenizer):
+    assert tokenizer.encode("a \ud83e\uddd1") == tokenizer.encode("a 🧑")
+    for half in ("\ud83e", "\uddd1"):
+        assert tokenizer.encode(f"a {half}b") == tokenizer.encode("a \ufffdb")
+
+
+@each_tokenizer
 @given(texts=st.lists(TEXTS, min_size=1, max_size=4), length=st.integers(2, 12))
 def test_batches_are_singles_cut_and_padded(tokenizer, texts: list[str], length: int) -> None:
     with warnings.catch_warnings():
@@ -301,6 +308,11 @@ def test_a_tokenizer_built_by_hand_pads_on_the_right() -> None:
     row = plain.encode("a cat")
     assert plain("a cat", len(row) + 2).tolist() == [[*row, 0, 0]]
     assert left("a cat", len(row) + 2).tolist() == [[0, 0, *row]]
+    bare = SentencePieceTokenizer(T5.model, special, pad_to=4)  # no token starts or ends a row
+    for text, tokens in (("", 0), ("a cat", len(row) - 1)):
+        ids, mask = bare(text)
+        assert ids.shape == mask.shape == (1, max(4, -(-tokens // 4) * 4))
+        assert mask.tolist() == [[1] * tokens + [0] * (ids.shape[1] - tokens)]
     for pad in (None, "<blank>", 0):
         with pytest.raises(ValueError, match="special has no token"):
             SentencePieceTokenizer(T5.model, special, pad=pad)

@@ -246,6 +246,12 @@ def test_inputs_in_other_dtypes() -> None:
     vae = load_component(GOLDENS / "vae_sd3", "vae", dtype=torch.bfloat16)
     assert vae.encode(draw(1, 3, 16, 16).float()).dtype == torch.bfloat16
     assert vae.decode(draw(1, 16, 2, 2).half()).dtype == torch.bfloat16
+    exact = draw(1, 16, 2, 2).float()  # scaled and shifted before it is rounded
+    scaled = (exact / vae.config.scaling_factor + vae.config.shift_factor).bfloat16()
+    vae.config = VAEConfig(**vars(vae.config) | {"scaling_factor": 1.0, "shift_factor": None})
+    assert vae.decode(scaled).equal(
+        load_component(GOLDENS / "vae_sd3", "vae", dtype=torch.bfloat16).decode(exact)
+    )
 
 
 @pytest.mark.parametrize(
@@ -259,6 +265,8 @@ def test_inputs_in_other_dtypes() -> None:
         ({"act_fn": "relu"}, "act_fn is 'relu', must be 'silu'"),
         ({"mid_block_add_attention": False}, "mid_block_add_attention is False, must be True"),
         ({"scaling_factor": 0.0}, "scaling_factor is 0.0, must be finite and not 0"),
+        ({"scaling_factor": float("inf")}, "scaling_factor is inf, must be a finite number"),
+        ({"down_block_types": ("DownEncoderBlock2D",) * 2}, "down_block_types is .* must be 1 x"),
         ({"down_block_types": ("AttnDownEncoderBlock2D",)}, "down_block_types is .* must be 1 x"),
         ({"up_block_types": ("UpDecoderBlock2D",) * 2}, "up_block_types is .* must be 1 x"),
     ],
@@ -271,6 +279,7 @@ def test_configs_that_make_no_sense(options: dict, message: str) -> None:
 def test_arguments_that_make_no_sense(vae: AutoencoderKL) -> None:
     for size, message in (
         ((1, 3, 8, 10), "image is 8x10, both must be multiples of 4"),
+        ((1, 3, 10, 8), "image is 10x8, both must be multiples of 4"),
         ((1, 4, 8, 8), r"image has shape \(1, 4, 8, 8\), must be \(batch, 3, height, width\)"),
         ((3, 8, 8), r"image has shape \(3, 8, 8\)"),
         ((1, 3, 0, 8), r"image has shape \(1, 3, 0, 8\), must not be empty"),

@@ -1,7 +1,7 @@
 """How the tests are tested: small, realistic mistakes, put into the code one at a time.
 
 `python -m tests.mutants` says which of them the suite notices. Every round has a list, mistakes.py,
-second.py, third.py and fourth.py; a test of the suite keeps them applicable.
+second.py, third.py, fourth.py and fifth.py; a test of the suite keeps them applicable.
 
 First round: 303 of 306 were noticed by the tests of their file. Of the other three, run.py:2 is
 noticed by test_ras_sampling, which is now in its list, pipeline.py:6 since
@@ -19,4 +19,10 @@ Fourth round, again from the code alone: of the 99 that came to mind 44 were in 
 already, and 3 were none on a CPU. Of the 52 that were new, 39 were noticed at once, 75 %, and 40 by
 the whole suite: what is left to be made up is what tests find hardest. nextdit.py:1 turned out to
 be none on a CPU either, where attention to nothing is zero; there are tests for the other 11 now.
+
+Fifth round, made up from the code after the tests had been strengthened once more, by whoever had
+done so: 63 of 74 were noticed at once by the tests of their file, 85 %. There are tests for the
+other 11 now (plan.py:1 and 2, cache.py:0 and 1, record.py:4, upstream.py:2, flow.py:1 and 4,
+pipeline.py:3, parts.py:0 and tokenizers.py:1). Most of these were a second argument, a second layer
+or an ending where a test had only ever one: that is where to look next.
 """

@@ -28,6 +28,7 @@ def main() -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     warm_up()
 
+    from tests.mutants.fifth import FIFTH
     from tests.mutants.fourth import FOURTH
     from tests.mutants.mistakes import MISTAKES, applied
     from tests.mutants.second import SECOND
@@ -45,6 +46,7 @@ def main() -> int:
             ("second:", SECOND),
             ("third:", THIRD),
             ("fourth:", FOURTH),
+            ("fifth:", FIFTH),
         )
         for file, (tests, pairs) in mistakes.items()
         for i, pair in enumerate(pairs)
