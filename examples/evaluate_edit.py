@@ -271,7 +271,8 @@ def plot(panels: dict[str, dict], args: argparse.Namespace, path: Path) -> None:
         panel.set_title(title)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle(args.model)
-    figure.supxlabel("network evaluations")
+    for panel in axes[-1]:
+        panel.set_xlabel("network evaluations")
     figure.supylabel("nearness to the dense edit under the mask, dB")
     figure.savefig(path, dpi=100)
 
