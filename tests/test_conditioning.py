@@ -84,6 +84,14 @@ def test_sd3_puts_every_text_in_its_place(second, third):
         assert cond["pooled"][i].tolist() == pooled
 
 
+def test_a_clip_reads_no_more_than_its_tokenizer_says():
+    them = pipe()
+    them.tokenizer, them.tokenizer_2 = Tokenizer(5), Tokenizer(5)
+    cond = FAMILIES["sd3"].encode(them, ["one"], [], max_sequence_length=9)
+    assert {them.tokenizer.calls[0][1], them.tokenizer_2.calls[0][1]} == {5}
+    assert cond["context"].shape == (1, 5 + 9, 8)
+
+
 @pytest.mark.parametrize("absent", ["asked", "no encoder"])
 @pytest.mark.parametrize(("length", "tokens"), [(9, 9), (256, 40)])
 def test_sd3_without_t5_has_zeros_in_its_place(absent, length, tokens):

@@ -81,6 +81,44 @@ def test_every_tensor_of_every_official_file_has_its_place(name: str, tmp_path: 
     assert consumed == sum(len(tensors) for tensors in manifest["files"].values())
 
 
+@pytest.mark.parametrize(
+    ("kind", "published"),
+    [
+        ("mmdit", "diffusers_sd3_medium_transformer"),
+        ("nextdit", "lumina_next_sft_diffusers_transformer"),
+        ("lumina2", "lumina_image_2_diffusers_transformer"),
+        ("flux", "diffusers_flux1_schnell_transformer"),
+    ],
+)
+def test_a_transformer_of_which_nothing_is_said_is_the_published_one(kind, published) -> None:
+    said, default = MANIFESTS[published]["config"], vars(NETWORKS[kind].config())
+    unsaid = {"qk_norm": None, "dual_attention_layers": (), "two_queries": False}
+    unsaid |= {"axes_dims_rope": (16, 56, 56)}
+    for name, value in default.items():
+        expected = said.get(name, unsaid.get(name))
+        assert value == (tuple(expected) if isinstance(expected, list) else expected), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "defaults"),
+    [  # of diffusers' AutoencoderKL and transformers' configurations, for files that leave them out
+        (
+            "vae",
+            (3, 3, 4, (64,), None, None, 1, 32, "silu", True, True, True, 32, 0.18215, None, True),
+        ),
+        ("clip", (49408, 512, 2048, 512, 12, 8, 77, "quick_gelu", 1e-5, 49407)),
+        ("t5", (32128, 512, 64, 2048, 6, 8, 32, 128, 1e-6, "gated-gelu")),
+        (
+            "gemma",
+            ("gemma", 256000, 3072, 24576, 28, 16, 16, 256, 8192, "gelu_pytorch_tanh", None, 1e-6)
+            + (10000.0, None, None, False, None, None, None, None),
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_config_leaves_out_is_the_libraries_default(kind, defaults) -> None:
+    assert tuple(vars(NETWORKS[kind].config()).values()) == defaults
+
+
 def test_sizes_read_from_official_shapes(tmp_path: Path) -> None:
     for manifest in MANIFESTS.values():
         file = next(iter(manifest["files"]))

@@ -17,6 +17,7 @@ from conftest import GOLDENS, conditioning, noise, tiny_model
 from safetensors.torch import load_file
 
 import minidit
+from minidit import checks
 from minidit.conditioning import FAMILIES, options_of
 from minidit.flow import Guidance, denoise, flow_sigmas
 from minidit.pipeline import draw_noise, own_levels, to_array, to_image
@@ -137,6 +138,11 @@ def test_a_drawn_seed_is_told_and_repeats_the_picture(pipe):
     assert first.latents.equal(draw(pipe, seed=first.seed).latents)
 
 
+def test_a_drawn_seed_has_32_bits(monkeypatch):
+    monkeypatch.setattr("secrets.randbelow", lambda limit: limit - 1)
+    assert draw(pipeline("pipe_sd3"), steps=1).seed == 2**32 - 1
+
+
 def test_noise_is_a_prefix_of_the_same_generators_batch():
     batch = torch.randn(5, 4, 6, 8, generator=torch.Generator().manual_seed(9))
     assert draw_noise((4, 6, 8), 9, 5).equal(batch)
@@ -184,6 +190,9 @@ def test_seeds_and_sizes_have_limits():
     assert pipe._latent_shape(8192, 8192) == (16, 1024, 1024)
     with pytest.raises(ValueError, match="height is 8208 and width 8192, at most 67,108,864"):
         pipe._latent_shape(8208, 8192)
+    assert checks.texts("prompt", "x" * 20_000) == ["x" * 20_000]
+    with pytest.raises(ValueError, match="prompt has 20,001 characters, at most 20,000"):
+        pipe("x" * 20_001)
 
 
 def test_a_negative_prompt_of_one_picture_is_not_lost():

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from minidit import load_component
-from minidit.tokenizers import SentencePieceTokenizer, Special, join, words
+from minidit.tokenizers import CLIPTokenizer, SentencePieceTokenizer, Special, join, words
 from weights.tokenizers import read_tokenizer
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -229,6 +229,17 @@ def test_bad_arguments_are_named() -> None:
         CLIP.decode([99999])
     with pytest.raises(ValueError, match="a prompt is None"):
         T5.encode(None)
+    for tokenizer in (CLIP, T5):
+        for ids in (3, "3", [3, 4.0], [True]):
+            with pytest.raises(ValueError, match="must be a list of integers"):
+                tokenizer.decode(ids)
+
+
+def test_special_tokens_are_spelled_out_whatever_is_in_them() -> None:
+    vocab = {"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2}
+    tokenizer = CLIPTokenizer(vocab, [], special={"<my fox — one>": 3})
+    assert tokenizer.encode("a<my fox — one>") == [0, 2, 3, 1]
+    assert tokenizer.decode([2, 3, 2]) == "a <my fox — one> a"
 
 
 def copy(tmp_path: Path, case: str) -> Path:

@@ -1,5 +1,6 @@
-"""python -m tests.mutants [--only TEXT] [--results FILE]: which mistakes are noticed?
+"""python -m tests.mutants [--only TEXT] [--drawn N --seed S] [--results FILE]: which are noticed?
 
+The mistakes of the lists, or N that are drawn by lot.
 Works on a copy of the tree. Every mistake gets a process of its own, forked from one that has torch
 loaded already, and runs the tests of its file until the first failure. A results file that is
 there is gone on with: what it has is not run again.
@@ -17,17 +18,20 @@ from pathlib import Path
 from zlib import crc32
 
 ROOT = Path(__file__).parents[2]
-LIMIT = 600  # seconds for one mistake; one that hangs is noticed, too
+LIMIT = 300  # seconds for one mistake; one that hangs is noticed, too
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
     parser.add_argument("--only", default="", help="names that contain this text: ras/plan.py:3")
+    parser.add_argument("--drawn", type=int, help="so many drawn by lot, not those of the lists")
+    parser.add_argument("--seed", type=int, default=0, help="of the lot")
     parser.add_argument("--results", type=Path, default=Path("mutants.txt"))
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     warm_up()
 
+    from tests.mutants.drawn import drawn
     from tests.mutants.fifth import FIFTH
     from tests.mutants.fourth import FOURTH
     from tests.mutants.mistakes import MISTAKES, applied
@@ -40,7 +44,7 @@ def main() -> int:
             name, verdict, *_ = line.split()
             known[name] = verdict
     todo = [
-        (f"{start}{file}:{i}", file, tests, pair)
+        (f"{start}{file}:{i}", file, tests, applied((ROOT / file).read_text(), *pair))
         for start, mistakes in (
             ("", MISTAKES),
             ("second:", SECOND),
@@ -51,12 +55,14 @@ def main() -> int:
         for file, (tests, pairs) in mistakes.items()
         for i, pair in enumerate(pairs)
     ]
+    if args.drawn is not None:
+        todo = drawn(ROOT, args.drawn, args.seed)
     todo.sort(key=lambda one: crc32(one[0].encode()))  # a part of a run is a fair sample
     with tempfile.TemporaryDirectory() as folder:
         tree, log = Path(folder) / "tree", Path(folder) / "log"
         ignore = shutil.ignore_patterns(".git", ".hypothesis", "__pycache__")
         shutil.copytree(ROOT, tree, ignore=ignore)
-        for number, (name, file, tests, pair) in enumerate(todo, start=1):
+        for number, (name, file, tests, changed) in enumerate(todo, start=1):
             if args.only not in name or name in known:
                 continue
             if tests not in green:
@@ -65,7 +71,7 @@ def main() -> int:
                     raise SystemExit(f"red without any mistake, so it can't tell: {by}")
                 green.add(tests)
             source = (tree / file).read_text()
-            for text, time in ((applied(source, *pair), 2 * number), (source, 2 * number + 1)):
+            for text, time in ((changed, 2 * number), (source, 2 * number + 1)):
                 (tree / file).write_text(text)
                 os.utime(tree / file, (time, time))  # no two alike: bytecode is never stale
                 if text != source:
