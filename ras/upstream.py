@@ -60,7 +60,6 @@ class Upstream:
         require(0 < self.sample_ratio <= 1, "sample_ratio", "in (0, 1]")
         require(self.metric in ("std", "l2norm"), "metric", "'std' or 'l2norm'")
         require(0 < self.high_ratio <= 1, "high_ratio", "in (0, 1]")
-        require(math.isfinite(self.starvation_scale), "starvation_scale", "a finite number")
         start, length = self.scheduler_start_step, self.skip_num_step_length
         require(start >= 1, "scheduler_start_step", "at least 1")
         require(self.scheduler_end_step >= start, "scheduler_end_step", f"at least {start}")

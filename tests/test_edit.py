@@ -19,8 +19,9 @@ import minidit
 from minidit import denoise, flow_sigmas
 from minidit.edit import Source, first_step, latent_masks, read_pictures, to_grey, to_rgb
 from minidit.flow import Guidance, Known
-from ras import Given, RASConfig, Record, Upstream
+from ras import Given, KVCache, RASConfig, Record, Upstream
 from ras.plan import Step
+from ras.record import Recalled
 
 RUNS = [
     (case, run)
@@ -420,9 +421,21 @@ def test_an_edit_may_skip_layers_where_the_drawing_did_not():
     assert part.latents.isfinite().all()
 
 
+def test_a_pass_apart_is_read_off_the_same_line_between_kept_steps():
+    caches = []
+    for value in (2.0, 6.0):
+        caches.append(KVCache())
+        caches[-1].apart("skip").write("layer", *[torch.full((1, 4, 1, 1), value)] * 2, None)
+    fresh, rows = torch.zeros(1, 1, 1, 1), torch.tensor([[1]])
+    for after, stale in ((caches[1], 3.0), (None, 2.0), (KVCache(), 2.0)):
+        recalled = Recalled(1, 1, caches[0], after, 0.25).apart("skip")
+        for full in recalled.write("layer", fresh, fresh, rows):
+            assert full.flatten().tolist() == [stale, 0.0, stale, stale]
+
+
 REFUSED = {
     "image is .*, must be a PIL image": {"image": "cat.png"},
-    "image has 2 pictures, must have 1": {"image": [PICTURE, PICTURE]},
+    "image has 2 pictures, must have 1$": {"image": [PICTURE, PICTURE]},
     "image has 2 pictures, must have 1 or 3": {
         "prompt": ["a", "b", "c"], "image": [PICTURE, PICTURE],
     },
@@ -443,7 +456,7 @@ REFUSED = {
     "mask is 48x16 pixels, the picture 48x32": {
         "prompt": ["a", "b"], "image": [PICTURE] * 2, "mask": [BOX, BOX.crop((0, 0, 48, 16))],
     },
-    "mask has 3 pictures, must have 1": {"image": PICTURE, "mask": [BOX] * 3},
+    "mask has 3 pictures, must have 1$": {"image": PICTURE, "mask": [BOX] * 3},
     "within 70000..70000, must be": {"image": Image.fromarray(np.full((32, 48), 70000, np.int32))},
     "latents are for 32x32 pixels": {
         "image": PICTURE, "latents": torch.zeros(1, 16, 4, 4), "seed": None,

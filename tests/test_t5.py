@@ -150,3 +150,12 @@ def test_bad_inputs_are_named(encoder: T5Encoder, ids, mask, message: str) -> No
 def test_bad_configs_are_named(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(CONFIG, **change)
+
+
+def test_buckets_have_limits() -> None:
+    T5Config(relative_attention_num_buckets=4, relative_attention_max_distance=2)
+    for buckets, distance in ((3, 2), (4, 1), (32, 8)):
+        with pytest.raises(ValueError, match=f"relative_attention_num_buckets is {buckets}, must"):
+            T5Config(
+                relative_attention_num_buckets=buckets, relative_attention_max_distance=distance
+            )

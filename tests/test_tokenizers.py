@@ -229,6 +229,8 @@ def test_bad_arguments_are_named() -> None:
         CLIP.decode([99999])
     with pytest.raises(ValueError, match="a prompt is None"):
         T5.encode(None)
+    with pytest.raises(ValueError, match="model_max_length is 0, must be an integer of at least 1"):
+        CLIPTokenizer({"<|startoftext|>": 0, "<|endoftext|>": 1}, [], model_max_length=0)
     for tokenizer in (CLIP, T5):
         for ids in (3, "3", [3, 4.0], [True]):
             with pytest.raises(ValueError, match="must be a list of integers"):
@@ -330,6 +332,7 @@ def test_a_tokenizer_built_by_hand_pads_on_the_right() -> None:
 
 
 def test_limits_of_the_files() -> None:
+    assert T5("cat").shape == (1, 256)
     assert [t.model_max_length for t in (CLIP, T5, GEMMA)] == [77, 512, None]
 
 

@@ -156,6 +156,10 @@ def test_strips_in_every_dtype_and_without_seams(dtype: torch.dtype, limit: floa
     assert at_seams.mean() <= 1.5 * rows.mean()
 
 
+def test_norms_have_the_published_eps(vae: AutoencoderKL) -> None:
+    assert {m.eps for m in vae.modules() if isinstance(m, nn.GroupNorm)} == {1e-6}
+
+
 def test_statistics_of_strips_keep_their_digits() -> None:
     norm = randomised(nn.GroupNorm(2, 4, eps=1e-6))
     x = (draw(2, 4, 9, 5) + 1000).float()

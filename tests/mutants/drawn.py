@@ -22,7 +22,7 @@ OPERATORS = {
 }  # fmt: skip
 NAMES = {"min": "max", "max": "min", "amin": "amax", "amax": "amin", "any": "all", "all": "any"}
 SYMMETRIC = {"transpose", "promote_types", "maximum", "minimum", "equal", "min", "max"}
-UNSEEN = {"device", "memory_format"}  # arguments that change nothing that a CPU can see
+UNSEEN = {"device", "memory_format", "strict"}  # arguments that change nothing that a CPU can see
 TESTS = {
     "ras/plan.py": "ras_plan ras_upstream",
     "ras/config.py": "ras_plan ras_select ras_run ras_sampling examples doors calls",
