@@ -17,7 +17,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from minidit import load_component
-from minidit.tokenizers import CLIPTokenizer, SentencePieceTokenizer, Special, join, words
+from minidit.tokenizers import (
+    CHARACTERS,
+    CLIPTokenizer,
+    SentencePieceTokenizer,
+    Special,
+    join,
+    words,
+)
 from weights.tokenizers import read_tokenizer
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -229,12 +236,22 @@ def test_bad_arguments_are_named() -> None:
         CLIP.decode([99999])
     with pytest.raises(ValueError, match="a prompt is None"):
         T5.encode(None)
+    vocab = {"<|startoftext|>": 0, "<|endoftext|>": 1, "a": 2, "b": 3, "ab": 4}
+    for pair in (["a", "b"], ("a", "b", ""), ("a", 3), "ab"):
+        with pytest.raises(ValueError, match="merges has .*, must be a pair of strings"):
+            CLIPTokenizer(vocab, [pair])
     with pytest.raises(ValueError, match="model_max_length is 0, must be an integer of at least 1"):
-        CLIPTokenizer({"<|startoftext|>": 0, "<|endoftext|>": 1}, [], model_max_length=0)
+        CLIPTokenizer(vocab, [], model_max_length=0)
     for tokenizer in (CLIP, T5):
         for ids in (3, "3", [3, 4.0], [True]):
             with pytest.raises(ValueError, match="must be a list of integers"):
                 tokenizer.decode(ids)
+
+
+def test_bytes_are_written_as_in_gpt_2() -> None:
+    assert CHARACTERS[ord("A")] == "A" and CHARACTERS[ord(" ")] == "Ġ"
+    assert (CHARACTERS[0], CHARACTERS[173], CHARACTERS[255]) == ("Ā", "Ń", "ÿ")
+    assert len(set(CHARACTERS)) == 256
 
 
 def test_special_tokens_are_spelled_out_whatever_is_in_them() -> None:
