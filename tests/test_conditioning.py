@@ -151,6 +151,9 @@ def test_guidance_of_every_family_by_default():
     sd3, none = FAMILIES["sd3"].guide(them, 4.0, skip_layers=[1, 2])
     assert (sd3.scale, sd3.skip_layers) == (4.0, (1, 2)) and none == {}
     assert (sd3.skip_guidance, sd3.skip_start, sd3.skip_stop) == (2.8, 0.01, 0.2)
+    assert FAMILIES["sd3"].guide(them, 4.0, skip_layers=[0, 3])[0].skip_layers == (0, 3)
+    with pytest.raises(ValueError, match=r"is 4, must be an integer within 0\.\.3"):
+        FAMILIES["sd3"].guide(them, 4.0, skip_layers=[4])  # of 4 layers
     lumina, told = FAMILIES["lumina"].guide(them, 4.0)
     assert lumina.scale == 4 and told == {"scaling_watershed": 1.0, "proportional_attn": True}
     lumina2, none = FAMILIES["lumina2"].guide(them, 4.0)

@@ -123,7 +123,8 @@ def test_float16_clips_the_residual_stream_instead_of_becoming_infinite():
 
 
 def test_official_sizes():
-    """The numbers of parameters of the official files."""
+    """The numbers of parameters of the official files, and of pixels where nothing is said."""
+    assert FluxConfig.sample_size * 8 == 1024
     for guidance, count in ((True, 11_901_408_320), (False, 11_891_178_560)):
         with torch.device("meta"):
             model = Flux(FluxConfig(guidance_embeds=guidance))

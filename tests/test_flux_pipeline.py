@@ -154,7 +154,10 @@ def test_regions_go_through(pipe, solver):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"true_guidance": 0.5}, "true_guidance is 0.5, must be a finite number of at least 1"),
+        (
+            {"true_guidance": 0.5},
+            "must be a finite number of at least 1 (1 is off)",
+        ),
         ({"guidance": -1}, "guidance is -1, must be a finite number of at least 0"),
         ({"max_sequence_length": 513}, "max_sequence_length is 513, must be an integer within 2.."),
         ({"prompt_2": ["a", "b"]}, "prompt_2 has 2 strings, must have one or 1"),

@@ -98,6 +98,9 @@ def test_a_prepared_prompt_gives_the_same_bits_and_needs_no_context_refiners():
     for part in (broken.context_norm, broken.context_embed, broken.context_refiner):
         for value in part.parameters():
             value.fill_(float("nan"))
+    again = model.prepare(**prepared)  # as they are
+    assert again["refined"] and again["context"] is prepared["context"]
+    assert again["context_mask"] is prepared["context_mask"]
     for sigma in (0.9, 0.2):
         expected = model(noise(2, 4, 6), sigma, **cond)
         assert broken(noise(2, 4, 6), sigma, **prepared).equal(expected)

@@ -174,6 +174,13 @@ def test_what_does_not_fit_is_named_by_every_network(kind, change, sentence):
     assert sentence in str(error.value)
 
 
+@pytest.mark.parametrize("kind", ["mmdit", "flux"])
+def test_the_pooled_prompt_lies_where_the_latents_do(kind):
+    cond = conditioning(kind, 1)
+    with pytest.raises(ValueError, match="pooled is on meta, must be on cpu"):
+        tiny_model(kind)(noise(1, 4, 4), 0.5, **cond | {"pooled": cond["pooled"].to("meta")})
+
+
 def test_a_noise_level_is_one_number_or_one_for_each_sample():
     latents = noise(2, 4, 4)
     for sigma in (0.5, torch.tensor(0.5), torch.tensor([[0.5]]), torch.tensor([0.5, 0.5]).double()):
