@@ -220,6 +220,7 @@ def test_what_is_cut_off_is_quoted(tokenizer) -> None:
         (b"cat", 8, "prompts are b'cat'"),
         (["cat", 3], 8, "a prompt is 3, must be a string"),
         ("cat", 1, "max_length is 1, must be an integer within 2.."),
+        ("cat", 2**20 + 1, f"must be an integer within 2..{2**20}"),
         ("cat", True, "max_length is True"),
         ("cat", 8.0, r"max_length is 8\.0"),
     ],
@@ -246,6 +247,14 @@ def test_bad_arguments_are_named() -> None:
         for ids in (3, "3", [3, 4.0], [True]):
             with pytest.raises(ValueError, match="must be a list of integers"):
                 tokenizer.decode(ids)
+
+
+def test_words_are_remembered_up_to_a_limit() -> None:
+    tokenizer = CLIPTokenizer({"<|startoftext|>": 0, "<|endoftext|>": 1}, [])
+    tokenizer._words = {str(i): [] for i in range(2**16 - 1)}
+    tokenizer.encode("cat")
+    assert len(tokenizer._words) == 2**16
+    assert tokenizer.encode("dog") == [0, 1, 1, 1, 1] and [*tokenizer._words] == ["dog"]
 
 
 def test_bytes_are_written_as_in_gpt_2() -> None:
