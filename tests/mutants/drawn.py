@@ -53,6 +53,20 @@ TESTS = {
     "minidit/t5.py": "t5 layouts",
     "minidit/gemma.py": "gemma layouts",
     "minidit/tokenizers.py": "tokenizers",
+    "weights/config.py": "load doors",
+    "weights/files.py": "load doors fuzz layouts",
+    "weights/keymap.py": "layouts load save",
+    "weights/networks.py": "load layouts doors",
+    "weights/common.py": "layouts load",
+    "weights/sd3.py": "layouts load",
+    "weights/lumina.py": "layouts load",
+    "weights/flux.py": "flux_layouts layouts",
+    "weights/lumina2.py": "lumina2_layouts layouts",
+    "weights/load.py": "load layouts doors resolve",
+    "weights/resolve.py": "resolve",
+    "weights/save.py": "save layouts flux_layouts",
+    "weights/tokenizers.py": "tokenizers load doors",
+    "weights/__main__.py": "cli_weights",
 }
 
 
