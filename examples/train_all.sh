@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# Both embedded models from nothing, on a machine with one GPU and a dozen cores:
+# The embedded models from nothing, on a machine with one GPU and a dozen cores:
 #
-#     bash examples/train_all.sh RUN PACKAGES [SCALE]
+#     bash examples/train_all.sh RUN PACKAGES [SCALE [FAMILY ...]]
 #
 # RUN is the folder of all that is made (on a fast disk: some 10 GB of latents), PACKAGES the
-# node_modules of examples/train.py, SCALE what every number of steps is multiplied by. Each model is
-# a lane of its own: a single one leaves the GPU waiting. What was interrupted goes on when the script
-# is started again.
+# node_modules of examples/train.py, SCALE what every number of steps is multiplied by, FAMILY lumina
+# or sd3, both if none is named. Each model is a lane of its own: a single one leaves the GPU waiting.
+# What was interrupted goes on when the script is started again.
 set -euo pipefail
-run=$1 packages=$2 scale=${3:-1}
+run=$1 packages=$2 scale=${3:-1} families=${*:4}
+families=${families:-lumina sd3}
+[[ $families =~ ^(lumina|sd3)(\ (lumina|sd3))*$ ]] || { echo "no such FAMILY: $families" >&2; exit 2; }
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1 PYTHONPATH=$PWD
 workers=$(($(nproc) > 5 ? $(nproc) - 4 : 1))
@@ -57,7 +59,11 @@ lane() { # FAMILY, then STEPS BATCH SIZES for every size, the smallest first
 
 (scenes 16000 128 && scenes 40000 256 && scenes 24000 384 512x256 256x512) &
 stage classifier classifier --batch 64 --steps "$(steps 3000)" --workers 4 &
-lane lumina 2000 256 128 8000 128 256 10000 64 "384 512x256 256x512" &
-lane sd3 2000 256 128 16000 128 256 &
+for family in $families; do
+  case $family in
+    lumina) lane lumina 2000 256 128 8000 128 256 10000 64 "384 512x256 256x512" & ;;
+    sd3) lane sd3 2000 256 128 16000 128 256 & ;;
+  esac
+done
 wait
 [ ! -e "$run/log/failed" ] || { echo "a stage failed: see $run/log" >&2; exit 1; }
