@@ -30,7 +30,7 @@ from weight_files import (
 
 from weights.files import find_tensors, weights_name
 from weights.load import load_component, load_parts, open_model, read_parts
-from weights.networks import NETWORKS, build, read_config
+from weights.networks import NETWORKS, NoInit, build, read_config
 from weights.save import convert
 
 MANIFESTS = manifests()
@@ -117,6 +117,25 @@ def test_a_transformer_of_which_nothing_is_said_is_the_published_one(kind, publi
 )  # fmt: skip
 def test_what_a_config_leaves_out_is_the_libraries_default(kind, defaults) -> None:
     assert tuple(vars(NETWORKS[kind].config()).values()) == defaults
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "own"),
+    [  # own: of norms whose eps no config tells
+        ("clip", "layer_norm_eps", set()),
+        ("t5", "layer_norm_epsilon", set()),
+        ("gemma", "rms_norm_eps", set()),
+        ("nextdit", "norm_eps", {"q_norm", "k_norm", "context_k_norm", "norm"}),
+        ("lumina2", "norm_eps", set()),
+    ],
+)
+def test_every_norm_has_the_eps_of_the_config(kind, field, own) -> None:
+    network = NETWORKS[kind]
+    with torch.device("meta"), NoInit():
+        module = network.module(network.config(**{field: 0.25}))
+    eps = {name: m.eps for name, m in module.named_modules() if hasattr(m, "eps")}
+    assert set(eps.values()) == {0.25, 1e-5} if own else {0.25}
+    assert {name.split(".")[-1] for name, value in eps.items() if value != 0.25} == own
 
 
 def test_sizes_read_from_official_shapes(tmp_path: Path) -> None:
