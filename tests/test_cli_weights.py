@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 from weight_files import (
+    GOLDENS,
     lumina_tensors,
     manifests,
     sd3_tensors,
@@ -48,6 +49,13 @@ def test_inspect_folder(folder: Path, capsys) -> None:
         "nothing is missing to run it",
     ):
         assert line in out
+
+
+def test_inspect_tells_a_shift_that_goes_by_size(capsys) -> None:
+    assert main(["inspect", str(GOLDENS / "pipe_flux_dev")]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"{GOLDENS / 'pipe_flux_dev'}: FLUX.1, folder in the diffusers layout\n")
+    assert "scheduler       shift by size, 28 steps of guidance 3.5" in out
 
 
 def test_inspect_official_single_file(tmp_path: Path, capsys) -> None:

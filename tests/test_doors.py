@@ -25,6 +25,7 @@ from weight_files import (
 )
 
 import minidit
+from minidit import checks
 from weights.load import load_component, load_parts, open_model, read_parts
 from weights.tokenizers import check_fits, read_tokenizer
 
@@ -203,3 +204,11 @@ def test_loading_checks_the_tokenizers(tmp_path: Path) -> None:
         GOLDENS / "tok_gemma_tiny" / "tokenizer", tmp_path / "m" / "tokenizer", dirs_exist_ok=True
     )
     refused(lambda: minidit.load(tmp_path / "m", "meta"), "has ids up to 759, but its text encoder")
+
+
+def test_a_path_has_a_longest_part_and_a_most_of_them() -> None:
+    checks.path("out", "a/" * 1999 + "b")
+    checks.path("out", Path("x" * 255))
+    for bad in ("a/" * 2000 + "b", "x" * 256, "a\0b", "", 3, None):
+        with pytest.raises(ValueError, match="out is .*, must be a path"):
+            checks.path("out", bad)

@@ -28,7 +28,7 @@ from weight_files import (
     write_tokenizers,
 )
 
-from weights.files import find_tensors, weights_name
+from weights.files import find_tensors, multiple_of, weights_name
 from weights.load import load_component, load_parts, open_model, read_parts
 from weights.networks import NETWORKS, NoInit, build, read_config
 from weights.save import convert
@@ -167,6 +167,13 @@ def test_sizes_read_from_official_shapes(tmp_path: Path) -> None:
         for key in official.keys() & read.keys():
             value = tuple(official[key]) if isinstance(official[key], list) else official[key]
             assert read[key] == value, (name, key)
+
+
+def test_what_an_mlp_was_rounded_up_to() -> None:
+    for multiple in (256, 128, 64, 32, 16, 8, 4, 2, 1):
+        assert multiple_of(3 * multiple, 2 * multiple + 1, 0) == multiple
+    with pytest.raises(ValueError, match="the MLP is 301 wide, .* from a width of 75"):
+        multiple_of(301, 300, 75)
 
 
 @pytest.fixture(scope="module")

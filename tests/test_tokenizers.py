@@ -100,6 +100,8 @@ def test_the_longest_special_token_wins() -> None:
     special = Special({"<x": 1, "<x>": 2})
     assert special.encode("a<x><x", lambda part: [len(part)]) == [1, 2, 1]
     assert Special({}).encode("<x>", lambda part: [len(part)]) == [3]
+    spelled = special.decode([7, 8, 2, 1, 9], lambda run: "".join(map(str, run)))
+    assert spelled == "78 <x> <x 9"
 
 
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"])))
@@ -149,6 +151,8 @@ def test_t5_sentinels_are_appended_in_reverse(tmp_path: Path, extra: int) -> Non
     (folder / "special_tokens_map.json").unlink()
     ids = read_tokenizer(folder).encode("<extra_id_0><extra_id_2>")
     assert ids == [562, 560, 1] if extra else 560 > max(ids)
+    (folder / "tokenizer_config.json").write_text("{}")  # a hundred
+    assert read_tokenizer(folder).encode("<extra_id_0><extra_id_99>") == [659, 560, 1]
 
 
 def test_gemma_options(tmp_path: Path) -> None:
@@ -322,11 +326,14 @@ def test_garbage_files_are_named(tmp_path: Path, case: str, content: str) -> Non
         ("tok_clip_pad_bang", "merges.txt", "zzz q", "no 'zzz' for the merge"),
         ("tok_clip_pad_bang", "vocab.json", '{"a": "b"}', "id of 'a' is 'b'"),
         ("tok_clip_pad_bang", "vocab.json", '{"a": -1}', "id of 'a' is -1"),
+        ("tok_clip_pad_bang", "vocab.json", '{"a": 2147483648}', "id of 'a' is 2147483648"),
+        ("tok_clip_pad_bang", "vocab.json", '{"a": 2147483647}', "no special token"),
         ("tok_clip_pad_bang", "vocab.json", '{"a": 1, "b": 1}', "2 pieces share 1 ids"),
         ("tok_clip_pad_bang", "tokenizer_config.json", '{"pad_token": "?!"}', "token '\\?!'"),
         ("tok_clip_pad_bang", "tokenizer_config.json", '{"pad_token": 3}', "pad_token is 3"),
         ("tok_t5_tiny", "tokenizer_config.json", '{"eos_token": "<no>"}', "eos_token '<no>'"),
         ("tok_t5_tiny", "tokenizer_config.json", '{"extra_ids": -1}', "extra_ids is -1"),
+        ("tok_t5_tiny", "tokenizer_config.json", '{"extra_ids": 10000}', "extra_ids is 10000"),
         ("tok_t5_tiny", "tokenizer_config.json", '{"added_tokens_decoder": [1]}', "added_tokens"),
         ("tok_gemma_tiny", "tokenizer_config.json", '{"padding_side": "top"}', "is 'top'"),
     ],
