@@ -51,6 +51,12 @@ def test_inspect_folder(folder: Path, capsys) -> None:
         assert line in out
 
 
+def test_help_names_the_command(capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert capsys.readouterr().out.startswith("usage: python -m weights ")
+
+
 def test_inspect_tells_a_shift_that_goes_by_size(capsys) -> None:
     assert main(["inspect", str(GOLDENS / "pipe_flux_dev")]) == 0
     out = capsys.readouterr().out

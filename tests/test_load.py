@@ -336,6 +336,10 @@ def test_config_of_another_network(t5: Path) -> None:
     path.write_text(json.dumps({"architectures": ["BertModel"], "model_type": "bert"}))
     with pytest.raises(ValueError, match="is for 'BertModel', must be for one of T5EncoderModel"):
         load_component(t5, "text_encoder_3")
+    for said in ({}, {"_class_name": None}, {"model_type": [3]}, {"architectures": [{}]}):
+        path.write_text(json.dumps(said))
+        with pytest.raises(ValueError, match="is for .*, must be for one of T5EncoderModel"):
+            load_component(t5, "text_encoder_3")
     (t5 / "text_encoder_3").rename(t5 / "text_encoder")
     path = t5 / "text_encoder" / "config.json"
     path.write_text(json.dumps({"architectures": ["T5EncoderModel"]}))
@@ -366,6 +370,13 @@ def test_scheduler(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             read(**values)
+    for option in (
+        "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas",
+        "stochastic_sampling", "shift_terminal",
+    ):  # fmt: skip
+        assert read() == read(**{option: None}) == read(**{option: False})
+        with pytest.raises(ValueError, match=f"{option} is 0.1, must be off"):
+            read(**{option: 0.1})
 
 
 def test_arguments(t5: Path) -> None:
