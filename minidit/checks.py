@@ -74,15 +74,13 @@ def function(name: str, value: Any) -> None:
 def texts(name: str, value: Any, count: int | None = None) -> list[str]:
     """One string or a list of them as a list; of `count`, where a single string serves for all."""
     listed = [value] * (count or 1) if isinstance(value, str) else value
-    if not isinstance(listed, list | tuple) or not all(isinstance(t, str) for t in listed):
+    if not isinstance(listed, list | tuple):
         raise ValueError(f"{name} is {short(value)}, must be a string or a list of strings")
     if not listed:
         raise ValueError(f"{name} is an empty list, must have at least one string")
     if count is not None and len(listed) != count:
         raise ValueError(f"{name} has {len(listed)} strings, must have one or {count}")
-    for each in listed:
-        text(name, each)
-    return list(listed)
+    return [text(name, each) for each in listed]
 
 
 def text(name: str, value: Any) -> str:

@@ -106,6 +106,8 @@ def inner(node: ast.AST) -> Iterator[ast.stmt | ast.expr]:
         for child in value if isinstance(value, list) else [value]:
             if isinstance(child, ast.Raise | ast.JoinedStr | ast.Import | ast.ImportFrom):
                 continue
+            if isinstance(child, ast.keyword) and child.arg in UNSEEN:
+                continue
             if isinstance(child, ast.stmt | ast.expr):
                 child.decides = field == "test"
                 yield child
