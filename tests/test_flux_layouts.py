@@ -213,6 +213,16 @@ def test_names_with_the_prefix_of_other_programs(flux, tmp_path: Path) -> None:
     assert same_bits(load_component(path, "transformer"), flux[1]["transformer"])
 
 
+def test_a_clip_without_a_projection_is_as_wide_as_it_is_whatever_its_config_says(
+    flux, tmp_path: Path
+) -> None:
+    shutil.copytree(flux[0] / "text_encoder", tmp_path / "text_encoder")
+    path = tmp_path / "text_encoder" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"projection_dim": 512}))
+    clip = load_component(tmp_path, "text_encoder")
+    assert clip.projection.weight.equal(torch.eye(64)) and clip.config.projection_dim == 64
+
+
 def test_the_projection_of_a_clip_that_has_one_is_not_used(flux, tmp_path: Path) -> None:
     parts = flux_tensors()
     parts["text_encoder"]["text_projection.weight"] = torch.ones(64, 64, dtype=torch.bfloat16)

@@ -169,6 +169,17 @@ def test_sizes_read_from_official_shapes(tmp_path: Path) -> None:
             assert read[key] == value, (name, key)
 
 
+def test_t5_is_optional_but_not_without_its_tokenizer(sd3, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(sd3[0], tmp_path / "model"))
+    index = json.loads((folder / "model_index.json").read_text())
+    shutil.rmtree(folder / "tokenizer_3")
+    (folder / "model_index.json").write_text(
+        json.dumps({name: value for name, value in index.items() if name != "tokenizer_3"})
+    )
+    with pytest.raises(FileNotFoundError, match="tokenizer_3"):
+        load_parts(folder)
+
+
 def test_what_an_mlp_was_rounded_up_to() -> None:
     for multiple in (256, 128, 64, 32, 16, 8, 4, 2, 1):
         assert multiple_of(3 * multiple, 2 * multiple + 1, 0) == multiple

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -329,6 +330,40 @@ def test_config_that_the_file_cannot_fill_is_refused_at_once(t5: Path) -> None:
         path.write_text(json.dumps(values | change))
         with pytest.raises(ValueError, match=message):
             load_component(t5, "text_encoder_3")
+
+
+def test_the_first_name_that_is_known_counts(t5: Path) -> None:
+    path = t5 / "text_encoder_3" / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"architectures": ["Mine", "T5EncoderModel", "Bert"]}))
+    assert load_component(t5, "text_encoder_3").config == T5
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "config"), [("vae", *SD3["vae"]), ("text_encoder_3", "t5", T5)]
+)
+def test_only_a_vaes_matrices_may_be_1x1_convolutions(tmp_path: Path, name, kind, config) -> None:
+    tensors = random_tensors(kind, config)
+    matrix = next(key for key, t in tensors.items() if t.ndim == 2 and "embed" not in key)
+    kernel = next((key for key, t in tensors.items() if t.ndim == 4), None)
+
+    def load(key: str, shape: tuple[int, ...]):
+        shutil.rmtree(tmp_path / name, ignore_errors=True)
+        changed = tensors | {key: tensors[key].reshape(shape)}
+        write_component(tmp_path / name, name, kind, config, changed)
+        return load_component(tmp_path, name)
+
+    rows, columns = tensors[matrix].shape
+    if kind == "vae":
+        load(matrix, (rows, columns, 1, 1))
+        wrong = [(matrix, (rows, 1, columns, 1)), (matrix, (rows, columns, 1))]
+        wrong += [(kernel, tensors[kernel].permute(1, 0, 2, 3).shape)]
+        wrong += [(kernel, (*tensors[kernel].shape, 1, 1))]
+    else:
+        wrong = [(matrix, (rows, columns, 1, 1))]
+    for key, shape in wrong:
+        with pytest.raises(ValueError, match="of another shape"):
+            load(key, shape)
 
 
 def test_config_of_another_network(t5: Path) -> None:
