@@ -85,6 +85,13 @@ def test_the_original_file_is_the_folder(end, tensors, tmp_path) -> None:
         assert config == replace(expected["transformer"].config, multiple_of=config.multiple_of)
 
 
+def test_layers_are_counted(tensors, tmp_path) -> None:
+    few = {k: v for k, v in to_alpha(tensors).items() if not re.search(r"refiner\.1|layers\.2", k)}
+    save_file(few, tmp_path / "few.safetensors")
+    config = load_component(tmp_path / "few.safetensors", "transformer").config
+    assert (config.num_refiner_layers, config.num_layers) == (1, 2)
+
+
 def test_files_without_the_unused_norm_or_behind_a_prefix(tensors, tmp_path) -> None:
     """As others have published them again."""
     bare = {k: v for k, v in to_alpha(tensors).items() if k != "norm_final.weight"}
