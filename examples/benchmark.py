@@ -130,7 +130,7 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.size < 16 or args.size % 16:
         parser.error(f"--size is {args.size}, must be a positive multiple of 16")
-    cli.at_least(parser, args, layers=1, batch=1, repeats=1, threads=1)
+    cli.at_least(parser, args, layers=1, batch=1, repeats=1)
     if args.threads:
         torch.set_num_threads(args.threads)
     bad = [ratio for ratio in args.ratios if not 0 < ratio < 1]

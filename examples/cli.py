@@ -55,10 +55,10 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
 
 def device_of(args: argparse.Namespace) -> torch.device:
     """The device asked for, else CUDA (one a process), MPS or the CPU."""
+    if args.device in (None, "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", share()[0] % torch.cuda.device_count())
     if args.device:
         return checks.device(args.device)
-    if torch.cuda.is_available():
-        return torch.device("cuda", share()[0] % torch.cuda.device_count())
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
@@ -129,8 +129,9 @@ def seed(text: str) -> int | None:
 
 
 def at_least(parser: argparse.ArgumentParser, args: argparse.Namespace, **least: int) -> None:
-    """Refuse numbers below their least value; what was not given, or is no option, passes."""
-    for name, low in least.items():
+    """Refuse numbers below their least value; what was not given, or is no option, passes.
+    Threads are at least one everywhere."""
+    for name, low in {"threads": 1, **least}.items():
         value = getattr(args, name, None)
         if value is not None and value < low:
             parser.error(f"--{name.replace('_', '-')} is {value}, must be at least {low}")

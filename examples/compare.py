@@ -87,7 +87,7 @@ def parse_args() -> argparse.Namespace:
     add("--steps-map", type=Path, metavar="FILE", help="active tokens of every step, last ratio")
     add("--gif", type=Path, metavar="FILE", help="the same as an animation")
     args = parser.parse_args()
-    cli.at_least(parser, args, steps=1, threads=1)
+    cli.at_least(parser, args, steps=1)
     return args
 
 

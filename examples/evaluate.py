@@ -14,12 +14,11 @@ not depend on the number of processes.
 
 from __future__ import annotations
 
-import weights.interrupt  # noqa: F401  # isort: skip
+import cli  # isort: skip
 
 import argparse
 import json
 import math
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -33,7 +32,6 @@ from safetensors.torch import load_file, save_file
 
 import minidit
 import rivals
-from cli import DTYPES, at_least, read_lines, run
 from pictures import check_plot
 from ras import RASConfig, Upstream
 
@@ -287,12 +285,10 @@ def plot(found: dict[str, list[tuple[float, float, float, int]]], title: str, pa
 
 def main() -> None:
     args = parse_args()
-    rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    rank, world = cli.share()
     if world > 1:
         torch.distributed.init_process_group("gloo")  # nothing but a barrier: no tensors are sent
-        if args.device == "cuda":
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    pipe = minidit.load(args.model, device=args.device, dtype=DTYPES[args.dtype])
+    pipe = minidit.load(args.model, device=cli.device_of(args), dtype=cli.DTYPES[args.dtype])
     args.out.mkdir(parents=True, exist_ok=True)
     own = args.out / ("rows.jsonl" if world == 1 else f"rows.{rank}.jsonl")
     done = read(args.out)
@@ -327,19 +323,19 @@ def parse_args() -> argparse.Namespace:
     add("--size", type=int, help="pixels of a side, the model's own if not given")
     add("--batch", type=int, default=8, help="prompts drawn at once")
     add("--device", default="cpu")
-    add("--dtype", choices=DTYPES, default="float32")
+    add("--dtype", choices=cli.DTYPES, default="float32")
     add("--ode-steps", type=int, default=64, help="corrected steps of the reference")
     add("--out", type=Path, default=Path("runs/evaluate"), help="folder of the results")
     add("--plot", type=Path, help="picture of the curves, of all methods the main ones")
     args = parser.parse_args()
-    at_least(parser, args, seeds=1, size=16, batch=1, ode_steps=1)
+    cli.at_least(parser, args, seeds=1, size=16, batch=1, ode_steps=1)
     check_plot(args.plot)
     args.shown = args.methods or list(COLOURS)
     args.methods = args.methods or list(METHODS)
     if args.captions is not None:
-        args.prompts = read_lines(args.captions)
+        args.prompts = cli.read_lines(args.captions)
     return args
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

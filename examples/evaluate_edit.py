@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -31,7 +32,7 @@ from evaluate import PROMPTS, curves, read, table
 from minidit import denoise
 from minidit.flow import Known
 from minidit.pipeline import draw_noise
-from pictures import check_outputs, labelled, save, sheet
+from pictures import check_outputs, check_plot, labelled, save, sheet
 
 BOXES = {6: (4, 4), 12: (4, 8), 25: (8, 8), 50: (8, 16)}  # sixteenths of the sides, by area
 KINDS = ("same prompt", "other prompt")
@@ -65,7 +66,7 @@ class Edit(NamedTuple):
     def tokens(self) -> Tensor:
         """(B, rows, columns) bool, the tokens under the mask."""
         P = self.pipe.transformer.config.patch_size
-        return self.mask[:, 0, ::P, ::P]
+        return F.max_pool2d(self.mask.float(), P)[:, 0] > 0
 
     def run(self, sigmas: Tensor, config: object = None) -> tuple[Tensor, float]:
         """Latents and evaluations of the edit."""
@@ -143,7 +144,8 @@ def drawn(pipe, prompts: list[str], seed: int, steps: int) -> tuple[minidit.Outp
     out = pipe(prompts, steps=steps, seed=seed, solver="corrected", keep=True)
     if KINDS[seed % 2] == "same prompt":
         return out, prompts
-    others = [PROMPTS[(PROMPTS.index(p) + 1 + seed // 2) % len(PROMPTS)] for p in prompts]
+    ahead = 1 + seed // 2 % (len(PROMPTS) - 1)  # never the same one
+    others = [PROMPTS[(PROMPTS.index(p) + ahead) % len(PROMPTS)] for p in prompts]
     grounds = [prompt.split(" on a ")[1] for prompt in prompts]
     things = [other.split(" on a ")[0] for other in others]
     return out, [" on a ".join(pair) for pair in zip(things, grounds, strict=True)]
@@ -292,8 +294,7 @@ def parse_args() -> argparse.Namespace:
     add("--plot", type=Path, help="picture of the curves, needs matplotlib")
     args = parser.parse_args()
     cli.at_least(parser, args, prompts=1, seeds=1, steps=1, batch=1)
-    if args.plot is not None:
-        check_outputs(args.plot)
+    check_plot(args.plot)
     check_outputs(args.sheet)
     return args
 

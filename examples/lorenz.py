@@ -101,7 +101,7 @@ def parse_args() -> argparse.Namespace:
     add("--size", type=int, help="pixels of a side, the model's own if not given")
     add("--plot", type=Path, help="picture of the curves, needs matplotlib")
     args = parser.parse_args()
-    cli.at_least(parser, args, seeds=1, steps=3, size=16, threads=1)
+    cli.at_least(parser, args, seeds=1, steps=3, size=16)
     check_plot(args.plot)
     return args
 

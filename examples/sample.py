@@ -116,7 +116,7 @@ def parse_args() -> argparse.Namespace:
     add("--out", type=Path, default=Path("sample.png"), help="-0, -1, ... are added for several")
     add("--verbose", action="store_true", help="print memory too")
     args = parser.parse_args()
-    cli.at_least(parser, args, n=1, steps=1, threads=1)
+    cli.at_least(parser, args, n=1, steps=1)
     for other in ("prompt", "active_map"):
         if args.prompts and getattr(args, other):
             parser.error(f"--prompts and {other.replace('_', ' ')} are given, must be one of them")

@@ -24,16 +24,10 @@ rectified flow, first on small pictures, where a step costs a fraction. Matrices
 
 from __future__ import annotations
 
-import weights.interrupt  # noqa: F401  # isort: skip
-
-import os
-
-# threads that wait must sleep: spinning ones make a shared machine several times slower
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 from cli import at_least, device_of, run, size  # isort: skip
 
 import argparse
+import os
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -183,8 +177,10 @@ def parse() -> argparse.Namespace:
     sub = command("export", "write a model in the official folder layout", family=True)
     sub.add_argument("--out", type=Path, required=True)
     for key, value in asdict(models.SCHEDULER).items():
-        kind = float if value is None else type(value)
-        sub.add_argument(f"--{key.replace('_', '-')}", type=kind, default=value)
+        kind = {"type": float if value is None else type(value)}
+        if isinstance(value, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
+        sub.add_argument(f"--{key.replace('_', '-')}", default=value, **kind)
     sub = command("measure", "print how good a model's pictures are")
     sub.add_argument("--model", type=Path, required=True)
     sub.add_argument("--count", type=int, default=150)
@@ -200,9 +196,7 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if getattr(args, "cooldown", 0) is None:
         args.cooldown = args.steps // 2
-    at_least(
-        parser, args, threads=1, steps=1, batch=1, warmup=1, cooldown=0, count=1, renew=0, workers=0
-    )
+    at_least(parser, args, steps=1, batch=1, warmup=1, cooldown=0, count=1, renew=0, workers=0)
     return args
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -102,6 +103,7 @@ def save(pipe: Any, folder: str | PathLike[str], dtype: torch.dtype | None = Non
     from weights.save import save
 
     checks.path("folder", folder)
+    folder = Path(folder).expanduser()
     if dtype is not None:
         dtype = check_target("cpu", dtype)[1]
     save(pipe, folder, dtype)

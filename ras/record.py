@@ -139,7 +139,7 @@ class Recalled:
         if len(recorded) < wanted:
             raise ValueError("the edit guides a step that the drawing did not: guide it alike")
         recorded = recorded[-wanted:].to(fresh.device)
-        if self.after is not None:
+        if self.after is not None and len(self.after[layer][i]) >= wanted:  # guided alike
             later = self.after[layer][i][-wanted:].to(fresh.device)
             recorded = torch.lerp(recorded, later, self.weight)
         return recorded.repeat_interleave(self.batch // self.pictures, dim=0)

@@ -248,6 +248,33 @@ def test_a_record_moves_what_it_keeps_where_it_was_told(family):
     assert record.guided
 
 
+@pytest.mark.parametrize("pictures", [1, 2])
+def test_between_a_guided_and_an_unguided_step_the_negative_half_is_the_earlier_ones(pictures):
+    """Both halves then, so that they stay alike; without guidance the line between both steps."""
+    guided, unguided = KVCache(), KVCache()
+    guided.write("layer", *[torch.full((2 * pictures, 3, 1, 1), 2.0)] * 2, None)
+    unguided.write("layer", *[torch.full((pictures, 3, 1, 1), 6.0)] * 2, None)
+    recalled = Recalled(pictures, pictures, guided, unguided, 0.25)
+    for halves, stale in ((2, 2.0), (1, 3.0)):
+        fresh = torch.zeros(halves * pictures, 1, 1, 1)
+        rows = 3 * torch.arange(halves * pictures)[:, None]  # the first of every sample
+        for full in recalled.write("layer", fresh, fresh, rows):
+            assert full.shape == (halves * pictures, 3, 1, 1)
+            assert (full[:, 0] == 0).all() and (full[:, 1:] == stale).all()
+
+
+def test_a_record_of_every_second_step_survives_the_end_of_guidance():
+    record, arguments = (
+        Record(every=2),
+        (tiny_model("lumina2"), noise(2, 6, 8), flow_sigmas(6, 3.0)),
+    )
+    conds = [conditioning("lumina2", 2, seed) for seed in (1, 9)]
+    how = Guidance(3.0, cfg_trunc_ratio=0.67)
+    denoise(*arguments, *conds, how, record=record)
+    edited, _ = denoise(*arguments, *conds, how, ras=Given(0).at(SOME, record))
+    assert edited.isfinite().all()
+
+
 def test_a_step_that_only_the_edit_guides_is_refused():
     """The drawing's guidance ended before it, so that nothing of the negative prompt is kept."""
     record, arguments = Record(), (tiny_model("lumina"), noise(2, 6, 8), flow_sigmas(6, 3.0))

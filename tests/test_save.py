@@ -73,6 +73,12 @@ def test_networks_are_saved_in_the_type_that_is_asked_for(tmp_path: Path) -> Non
     assert size < 2.5 * values
 
 
+def test_a_home_folder_may_be_a_tilde(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    minidit.save(minidit.load(GOLDENS / "pipe_lumina"), "~/mine")
+    assert minidit.load("~/mine").family == "lumina" and (tmp_path / "mine").is_dir()
+
+
 def test_what_cannot_be_saved_is_refused_and_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
     pipe = minidit.load(GOLDENS / "pipe_lumina")
     (tmp_path / "out").mkdir()

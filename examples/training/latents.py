@@ -58,6 +58,8 @@ class Latents:
         self, count: int, rng: random.Random, most: int = 3
     ) -> tuple[list[int], list[Scene]]:
         """Slots of `count` random scenes of at most `most` things, and these scenes."""
+        if self.numbers.max() < 0:
+            raise ValueError(f"no {self.size[1]}x{self.size[0]} scene is encoded yet: run `scenes`")
         slots, scenes = [], []
         while len(slots) < count:
             slot = rng.randrange(len(self.array))
