@@ -39,7 +39,6 @@ from pictures import check_writable
 from ras import RASConfig
 from training import latents, models
 from training.classifier import train_classifier
-from training.files import export
 from training.measure import held_out_cases, measure, vae_psnr
 from training.optim import Plan
 from training.scenes import Sprites, draw
@@ -108,7 +107,7 @@ def main() -> None:
         )  # fmt: skip
     elif args.command == "export":
         values = {field.name: getattr(args, field.name) for field in fields(SchedulerConfig)}
-        export(args.family, args.run, args.out, SchedulerConfig(**values))
+        models.export(args.family, args.run, args.out, SchedulerConfig(**values))
     elif args.command == "psnr":
         latents.check_sizes(turned(args.sizes))
         vae, sprites = models.load_vae(args.run).to(device), Sprites(args.packages)

@@ -25,6 +25,7 @@ from minidit.parts import (
     Projections,
     Rope,
     attention,
+    axis_turns,
     batch_sigma,
     check_latents,
     check_prompt,
@@ -32,7 +33,6 @@ from minidit.parts import (
     modulate,
     rotate,
     time_features,
-    turns,
 )
 from ras.cache import KVCache
 from ras.tokens import flat_rows, patchify, put_, take, unpatchify
@@ -180,17 +180,11 @@ class Flux(nn.Module):
         """Rotary positions (B or 1, K + text, 1, D) of the tokens (B or 1, K) of a grid w tokens
         wide, and of text behind them, in float32.
 
-        Image tokens stand at (0, row, column), text at (0, 0, 0), so that it is not turned. Each
-        axis has channels of its own, axes_dims_rope of them: channels 2j and 2j + 1 of an axis of d
-        turn by place * 10000 ** (-2j / d) (flux/math.py, rope).
+        Image tokens stand at (0, row, column), text at (0, 0, 0), so that it is not turned.
         """
         place = torch.stack((torch.zeros_like(tokens), tokens // w, tokens % w), dim=2)  # (B, K, 3)
         place = F.pad(place, (0, 0, 0, text)).float()  # (B or 1, K + text, 3)
-        angles = []
-        for at, d in zip(place.unbind(2), self.config.axes_dims_rope, strict=True):
-            frequency = 10000.0 ** (torch.arange(0, d, 2, device=tokens.device) / -d)  # (d / 2,)
-            angles.append(at[:, :, None] * frequency)
-        return turns(torch.cat(angles, dim=2)[:, :, None])
+        return axis_turns(place, self.config.axes_dims_rope)
 
     def _check(self, latents, context, pooled, guidance, active, cache) -> None:
         c = self.config

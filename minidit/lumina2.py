@@ -29,12 +29,12 @@ from minidit.parts import (
     Rope,
     ScaledHead,
     attention,
+    axis_turns,
     batch_sigma,
     check_latents,
     check_text,
     rotate,
     time_features,
-    turns,
 )
 from ras.cache import KVCache
 from ras.tokens import flat_rows, patchify, put_, take, unpatchify
@@ -222,16 +222,8 @@ class Lumina2(nn.Module):
         return {"context": x, "context_mask": context_mask, "refined": True}
 
     def _rotations(self, place: Tensor) -> Rope:
-        """What turns the heads of tokens at these places (B, M, 3).
-
-        Each axis has channels of its own, one axis after the other; pair j of the d channels of an
-        axis turns by position * 10000 ** (-2j / d).
-        """
-        angles = []
-        for axis, d in enumerate(self.config.axes_dim_rope):
-            f = 10000.0 ** (torch.arange(0, d, 2, device=place.device) / -d)  # (d/2,)
-            angles.append(place[:, :, axis, None] * f)  # (B, M, d/2)
-        return turns(torch.cat(angles, dim=2)[:, :, None])
+        """What turns the heads of tokens at these places (B, M, 3)."""
+        return axis_turns(place, self.config.axes_dim_rope)
 
     def _check(self, latents, context, context_mask, active, cache, refined) -> None:
         c = self.config

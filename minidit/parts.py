@@ -147,6 +147,19 @@ def turns(angle: Tensor) -> Rope:
     return torch.stack((cos, cos), dim=4).flatten(3), torch.stack((-sin, sin), dim=4).flatten(3)
 
 
+def axis_turns(places: Tensor, widths: tuple[int, ...]) -> Rope:
+    """What turns the heads of tokens at places (B, M, axes) on several axes (flux/math.py, rope).
+
+    Each axis has channels of its own, widths[i] of them: channels 2j and 2j + 1 of an axis of d
+    turn by place * 10000 ** (-2j / d).
+    """
+    angles = []
+    for at, d in zip(places.unbind(2), widths, strict=True):
+        frequency = 10000.0 ** (torch.arange(0, d, 2, device=places.device) / -d)  # (d / 2,)
+        angles.append(at[:, :, None] * frequency)  # (B, M, d / 2)
+    return turns(torch.cat(angles, dim=2)[:, :, None])
+
+
 def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Rotary positions: turn adjacent channels of x (B, K, H, D) pair by pair, in float32."""
     cos, sin = rope  # (B or 1, K, 1, D) each

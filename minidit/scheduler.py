@@ -63,11 +63,9 @@ class SchedulerConfig:
             require(abs(getattr(self, name)) < 10, name, "a logarithm within -10..10")
         require(self.spacing in SPACINGS, "spacing", f"one of {', '.join(SPACINGS)}")
         require(self.default_solver in SOLVERS, "default_solver", f"one of {', '.join(SOLVERS)}")
-        require(self.default_steps >= 1, "default_steps", "at least 1")
-        require(self.corrected_steps >= 1, "corrected_steps", "at least 1")
         ok = self.corrected_shift is None or SHIFTS[0] <= self.corrected_shift <= SHIFTS[1]
         require(ok, "corrected_shift", "above 0, within 1e-6..1e6, or null")
-        require(1 <= self.default_guidance < float("inf"), "default_guidance", "at least 1, finite")
+        require(self.default_guidance >= 1, "default_guidance", "at least 1, finite")
 
     def steps(self, solver: str) -> int:
         """How many steps a solver takes where nobody says."""

@@ -9,7 +9,6 @@ B batch, C channels, H and W size at hand, h and w size of the latents, G groups
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -69,7 +68,7 @@ class VAEConfig:
             raise ValueError(f"act_fn is {checks.short(self.act_fn)}, must be 'silu'")
         if not self.mid_block_add_attention:
             raise ValueError("mid_block_add_attention is False, must be True")
-        if not math.isfinite(self.scaling_factor) or self.scaling_factor == 0:
+        if self.scaling_factor == 0:
             raise ValueError(f"scaling_factor is {self.scaling_factor}, must be finite and not 0")
 
 

@@ -81,7 +81,7 @@ class RASConfig:
         known = isinstance(self.score, str) and self.score in SCORES
         require(known, "score", f"one of {', '.join(SCORES)}")
         require(self.prefer in ("low", "high"), "prefer", "'low' or 'high'")
-        require(0 <= self.starvation < float("inf"), "starvation", "a finite number of at least 0")
+        require(self.starvation >= 0, "starvation", "a finite number of at least 0")
 
     def plan(self, steps: int, tokens: int) -> tuple[Step, ...]:
         """What every step of a run does: see `ras.plan`."""

@@ -31,9 +31,9 @@ from weight_files import (
 
 import weights.networks
 from minidit.mmdit import MMDiTConfig
-from weights.config import config_from
 from weights.files import read_header, read_json
 from weights.load import load_component, load_parts
+from weights.networks import config_from
 
 GOLDENS = Path(__file__).parent / "goldens"
 

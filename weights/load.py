@@ -21,7 +21,6 @@ from minidit.checks import short
 from minidit.scheduler import SchedulerConfig
 from weights import lumina, sd3
 from weights.common import is_clip_l
-from weights.config import config_from
 from weights.files import (
     COMPONENTS,
     FOREIGN,
@@ -40,6 +39,7 @@ from weights.networks import (
     Model,
     Part,
     build,
+    config_from,
     family_of,
     fill,
     kind_in,

@@ -15,7 +15,6 @@ from torch.overrides import TorchFunctionMode
 from minidit.checks import reason, short
 from minidit.scheduler import SchedulerConfig
 from weights import common, flux, lumina, lumina2, sd3
-from weights.config import config_from
 from weights.files import Tensors, plain, read_json, read_rows
 from weights.keymap import Family, Network, Recipe, recipes
 
@@ -96,6 +95,18 @@ def read_config(folder: Path, component: str) -> Part:
     if layout == "unprojected":
         config = replace(config, projection_dim=config.hidden_size)
     return Part(kind, layout, config, {}, str(folder), values)
+
+
+def config_from(cls: type, values: Mapping[str, Any], path: Path) -> Any:
+    """A config dataclass from what a JSON file holds; keys without a field are ignored.
+
+    Raises ValueError with the file, the key and its value where a type does not fit.
+    """
+    found = {f.name: values[f.name] for f in fields(cls) if f.name in values}
+    try:
+        return cls(**found)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def sized_part(stored: Tensors, where: str) -> Part:

@@ -126,7 +126,6 @@ def _write_folder(
                 if file.is_file():
                     shutil.copyfile(file, folder / name / file.name)
         if scheduler is not None:
-            (folder / "scheduler").mkdir()
             values = {"_class_name": SCHEDULER, "num_train_timesteps": 1000} | asdict(scheduler)
             write_json(folder / "scheduler" / "scheduler_config.json", values)
         if family is not None:
@@ -170,7 +169,6 @@ def write_network(
     kind, state = kind_of(module), module.state_dict()
     cls = cls or NETWORKS[kind].classes[0]
     read = read or (lambda name: state[name].to("cpu", dtype))
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", _config(kind, module.config, cls, given))
     plan = plan_of(kind, CLASSES[cls][1], module)
     sizes = {
@@ -214,6 +212,7 @@ def kind_of(module: Any) -> str:
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """A config as the official repositories format it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 

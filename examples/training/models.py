@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import minidit
 import weights
 from minidit.clip import CLIPConfig, CLIPTextEncoder
 from minidit.gemma import GemmaConfig, GemmaEncoder
@@ -197,3 +198,15 @@ def place(pipe: Any, side: int) -> None:
     shape = (TABLE, TABLE, width // 2)
     table = torch.cat((one[None, :].expand(shape), one[:, None].expand(shape)), dim=2)
     pipe.transformer.pos_embed.copy_(table.reshape(1, TABLE * TABLE, width))
+
+
+def export(family: str, run: Path, out: Path, scheduler: SchedulerConfig) -> None:
+    """Write the averaged networks of a run's checkpoint as a whole model."""
+    pipe = new_pipeline(family, run, torch.device("cpu"))
+    state = torch.load(run / family / "checkpoint.pt", map_location="cpu")
+    trainable(pipe).load_state_dict(state["average"])
+    place(pipe, PIXELS[family])
+    pipe.scheduler = scheduler
+    minidit.save(pipe, out, torch.bfloat16)
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    print(f"wrote {out}, {size / 1e6:.1f} MB")

@@ -12,9 +12,9 @@ from typing import Any
 import sentencepiece
 
 from minidit import tokenizers
-from training.files import write_json
 from training.models import WINDOW
 from training.scenes import Name, caption, random_scene
+from weights.save import write_json
 
 MERGES = 2500  # of the CLIP vocabulary: nearly every word of the captions becomes one token
 PIECES = 1600  # of the SentencePiece vocabularies

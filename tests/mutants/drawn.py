@@ -53,7 +53,6 @@ TESTS = {
     "minidit/t5.py": "t5 layouts calls",
     "minidit/gemma.py": "gemma layouts calls",
     "minidit/tokenizers.py": "tokenizers",
-    "weights/config.py": "load doors",
     "weights/files.py": "load doors fuzz layouts lumina2_layouts",
     "weights/keymap.py": "layouts load save",
     "weights/networks.py": "load layouts doors flux_layouts lumina2_layouts",

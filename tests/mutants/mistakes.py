@@ -81,7 +81,7 @@ MISTAKES: dict[str, tuple[str, list[tuple[str, str]]]] = {
                 "if is_count(self.end) and self.end <= first:",
             ),
             ("is_count(step) and step >= first for", "is_count(step) and step > first for"),
-            ("require(0 <= self.starvation <", "require(0 < self.starvation <"),
+            ("require(self.starvation >= 0", "require(self.starvation > 0"),
             (
                 "step.active), history.velocity)",
                 "step.active), 0 * history.velocity)",

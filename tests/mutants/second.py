@@ -131,8 +131,8 @@ SECOND: dict[str, tuple[str, list[tuple[str, str]]]] = {
         [
             ("(self.max_shift - self.base_shift) / length", "self.max_shift / length"),
             (
-                "require(1 <= self.default_guidance <",
-                "require(1 < self.default_guidance <",
+                "require(self.default_guidance >= 1",
+                "require(self.default_guidance > 1",
             ),
             (
                 "torch.linspace(1, 0, steps + 1, dtype=torch.float64)",
