@@ -165,10 +165,11 @@ def test_convert_never_overwrites(folder: Path, tmp_path: Path, capsys) -> None:
 def test_interrupted_convert_leaves_nothing(
     error: BaseException, folder: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    written = []
+    written, write_json = [], weights.save.write_json
 
-    def stop(*_: object) -> None:
+    def stop(*args) -> None:
         written.append(os.listdir(tmp_path))
+        write_json(*args)
         if len(written) == 3:
             raise error
 

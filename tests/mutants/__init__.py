@@ -25,4 +25,20 @@ done so: 63 of 74 were noticed at once by the tests of their file, 85 %. There a
 other 11 now (plan.py:1 and 2, cache.py:0 and 1, record.py:4, upstream.py:2, flow.py:1 and 4,
 pipeline.py:3, parts.py:0 and tokenizers.py:1). Most of these were a second argument, a second layer
 or an ending where a test had only ever one: that is where to look next.
+
+Mistakes of the lists come to somebody's mind, and what is left to be made up is what tests find
+hardest. So drawn.py draws them by lot from the syntax tree: 6,600 small changes of ras/, minidit/
+and weights/ (`--drawn N --seed S`). What was noticed at once, by the tests of its file, before
+there were tests for what the lot had shown; "none" is what changes nothing that a CPU can see, such
+as an initial value that is never read, or an argument that is at its default:
+
+    lot                          mistakes   none   noticed
+    seed 1, ras/ and minidit/         298     15       265   94 %
+    seed 2, ras/ and minidit/         399      6       379   96 %
+    seed 3, ras/ and minidit/         291      9       277   98 %
+            weights/                  109      3        90   85 %
+    seed 4, ras/ and minidit/         174      3       167   98 %
+            weights/ (228 of 300)      54      5        42   86 %
+
+There are tests for the rest of seeds 1 to 3 now, but for the messages of argparse.
 """
