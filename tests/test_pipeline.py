@@ -535,6 +535,7 @@ BAD = [
     ({"output": "jpeg"}, "output is 'jpeg', must be 'pil' or 'numpy' or 'latent'"),
     ({"callback": 5}, "callback is 5, must be a function or None"),
     ({"progress": "yes"}, "progress is 'yes', must be True or False"),
+    ({"steps": 0, "sigmas": [1.0, 0.0]}, "steps is 0, must be an integer within 1.."),
     ({"sigmas": [1.0]}, "steps is 2, but sigmas are 1 steps: leave one out"),
     ({"steps": None, "sigmas": [0.5, 0.7]}, "sigmas are [0.5, 0.7], must be 1 to 10000 falling"),
     ({"steps": None, "sigmas": [0.5, 0.5]}, "sigmas are [0.5, 0.5]"),
