@@ -103,7 +103,10 @@ def save(pipe: Any, folder: str | PathLike[str], dtype: torch.dtype | None = Non
     from weights.save import save
 
     checks.path("folder", folder)
-    folder = Path(folder).expanduser()
+    try:
+        folder = Path(folder).expanduser()
+    except RuntimeError as error:  # no home
+        raise ValueError(f"folder is {checks.short(folder)}: {error}") from None
     if dtype is not None:
         dtype = check_target("cpu", dtype)[1]
     save(pipe, folder, dtype)

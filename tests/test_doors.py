@@ -33,11 +33,13 @@ LONG = "x" * 5_000_000
 ESCAPES = "a\nb\x1b[31m\u2028c\0"
 
 
-def refused(act: Callable[[], Any], says: str, most: int = 700) -> None:
+def refused(act: Callable[[], Any]) -> str:
+    """The short printable sentence that something is refused with."""
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
         act()
     assert refusal(caught.value), repr(str(caught.value)[:1000])
-    assert says in str(caught.value) and len(str(caught.value)) < most
+    assert len(str(caught.value)) < 700
+    return str(caught.value)
 
 
 @pytest.fixture
@@ -80,7 +82,7 @@ def test_json_files(file: str, text: str, folder: Path) -> None:
         (folder / "text_encoder_3" / "model.safetensors").unlink()
     data, says = TEXTS[text]
     (folder / file).write_bytes(data)
-    refused(lambda: READERS[file](folder), says)
+    assert says in refused(lambda: READERS[file](folder))
 
 
 @pytest.mark.parametrize(
@@ -127,7 +129,7 @@ def test_values(file: str, values: dict, says: str, folder: Path) -> None:
         else:
             path.unlink()
     (folder / file).write_text(json.dumps(values))
-    refused(lambda: READERS[file](folder), says)
+    assert says in refused(lambda: READERS[file](folder))
 
 
 @pytest.mark.parametrize("name", [ESCAPES, LONG])
@@ -135,12 +137,12 @@ def test_names_of_tensors_and_of_merges(name: str, folder: Path) -> None:
     path = folder / "text_encoder_3" / "model.safetensors"
     write_header(path, {name: ["F16", 1]})
     reader = READERS["text_encoder_3/config.json"]
-    refused(lambda: reader(folder), "the files have only 1 tensors")
-    refused(lambda: read_parts(path), "is in no layout known here")
+    assert "the files have only 1 tensors" in refused(lambda: reader(folder))
+    assert "is in no layout known here" in refused(lambda: read_parts(path))
     save_file(random_tensors("t5", T5) | {name: torch.zeros(1)}, path)
-    refused(lambda: reader(folder), "1 tensors unexpected")
+    assert "1 tensors unexpected" in refused(lambda: reader(folder))
     (folder / "tokenizer" / "merges.txt").write_text(f"{name} {name} {name}")
-    refused(lambda: READERS["tokenizer/vocab.json"](folder), "merges.txt, line 1")
+    assert "merges.txt, line 1" in refused(lambda: READERS["tokenizer/vocab.json"](folder))
 
 
 def test_large_integers_in_place_of_floats_are_floats(folder: Path) -> None:
@@ -156,7 +158,7 @@ def test_headers_of_a_million_tensors(tmp_path: Path) -> None:
     with open(path, "wb") as file:
         file.write(length.to_bytes(8, "little") + b'{"t0":{"dtype":"F16",')
         file.truncate(length + 10**9)
-    refused(lambda: read_parts(path), "at most 10000000 can be")
+    assert "at most 10000000 can be" in refused(lambda: read_parts(path))
 
 
 def test_zip_files_that_claim_more_than_they_have(tmp_path: Path, monkeypatch) -> None:
@@ -171,31 +173,35 @@ def test_zip_files_that_claim_more_than_they_have(tmp_path: Path, monkeypatch) -
             packed.writestr(entry.filename, whole.read(entry))
     assert path.stat().st_size < 200_000
     monkeypatch.setattr(torch, "load", None)  # it is not asked to unpack
-    refused(lambda: read_parts(path), "claim")
+    assert "claim" in refused(lambda: read_parts(path))
 
 
 @pytest.mark.parametrize(("end", "says"), [("ckpt", "pickled checkpoint"), ("gguf", "a GGUF file")])
 def test_files_of_other_programs(end: str, says: str, tmp_path: Path) -> None:
     path = tmp_path / f"model.{end}"
     path.write_bytes(b"GGUF\x03\0\0\0")
-    refused(lambda: minidit.load(path), says)
-    refused(lambda: load_parts(path), says)
+    assert says in refused(lambda: minidit.load(path))
+    assert says in refused(lambda: load_parts(path))
 
 
 @pytest.mark.parametrize("extra", ["abc", Path("abc"), None, 5])
 def test_extra_is_a_list(extra: Any) -> None:
     for load in (minidit.load, load_parts):
-        refused(lambda load=load: load("mini-sd3", extra=extra), "must be a list of files or fold")
+        assert "must be a list of files or fold" in refused(
+            lambda load=load: load("mini-sd3", extra=extra)
+        )
 
 
 def test_tokenizers_that_the_encoder_cannot_take(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(GOLDENS / "tok_clip_pad_bang" / "tokenizer", tmp_path / "t"))
     check_fits(read_tokenizer(folder), CLIP_L)
     few = type(CLIP_L)(vocab_size=1113)
-    refused(lambda: check_fits(read_tokenizer(folder), few), "ids up to 1113, but")
+    assert "ids up to 1113, but" in refused(lambda: check_fits(read_tokenizer(folder), few))
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 76}))
-    refused(lambda: check_fits(read_tokenizer(folder), CLIP_L), "is 76, but its text encoder takes")
+    assert "is 76, but its text encoder takes" in refused(
+        lambda: check_fits(read_tokenizer(folder), CLIP_L)
+    )
 
 
 def test_loading_checks_the_tokenizers(tmp_path: Path) -> None:
@@ -203,7 +209,9 @@ def test_loading_checks_the_tokenizers(tmp_path: Path) -> None:
     shutil.copytree(
         GOLDENS / "tok_gemma_tiny" / "tokenizer", tmp_path / "m" / "tokenizer", dirs_exist_ok=True
     )
-    refused(lambda: minidit.load(tmp_path / "m", "meta"), "has ids up to 759, but its text encoder")
+    assert "has ids up to 759, but its text encoder" in refused(
+        lambda: minidit.load(tmp_path / "m", "meta")
+    )
 
 
 def test_a_path_has_a_longest_part_and_a_most_of_them() -> None:

@@ -264,12 +264,9 @@ def test_between_a_guided_and_an_unguided_step_the_negative_half_is_the_earlier_
 
 
 def test_a_record_of_every_second_step_survives_the_end_of_guidance():
-    record, arguments = (
-        Record(every=2),
-        (tiny_model("lumina2"), noise(2, 6, 8), flow_sigmas(6, 3.0)),
-    )
+    arguments = tiny_model("lumina2"), noise(2, 6, 8), flow_sigmas(6, 3.0)
     conds = [conditioning("lumina2", 2, seed) for seed in (1, 9)]
-    how = Guidance(3.0, cfg_trunc_ratio=0.67)
+    record, how = Record(every=2), Guidance(3.0, cfg_trunc_ratio=0.67)
     denoise(*arguments, *conds, how, record=record)
     edited, _ = denoise(*arguments, *conds, how, ras=Given(0).at(SOME, record))
     assert edited.isfinite().all()
@@ -434,6 +431,12 @@ def test_skipped_layers_are_recorded_too():
     out = call(pipe, height=32, width=48, keep=True, **SKIP)
     again = pipe.edit(out, BOX, "a cat", guidance=3.0, seed=0, ras=Given(0), **SKIP)
     assert torch.allclose(again.latents, out.latents, atol=1e-4)
+    # steps 1 and 2 of 4 skip: between kept steps 0 and 2 and at 3 there are none of these keys
+    some = call(pipe, height=32, width=48, keep=Record(every=2), **SKIP)
+    for skip_stop in (0.6, 1.0):
+        more = SKIP | {"skip_stop": skip_stop}
+        near = pipe.edit(some, BOX, "a cat", guidance=3.0, seed=0, ras=Given(0), **more)
+        assert (near.latents - out.latents).abs().max() < 4
 
 
 def test_an_edit_may_skip_layers_where_the_drawing_did_not():

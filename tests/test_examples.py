@@ -215,9 +215,8 @@ def test_what_makes_ctrl_c_a_word_is_imported_first():
         text = path.read_text()
         first = re.search(r"^(import|from) (?!__future__).*", text, re.MULTILINE)
         if "run(main)" in text and path.name != "cli.py":
-            assert first[0].startswith(("import cli ", "from cli ", "import weights.interrupt ")), (
-                path
-            )
+            words = ("import cli ", "from cli ", "import weights.interrupt ")
+            assert first[0].startswith(words), path
 
 
 def test_a_png_carries_what_it_was_drawn_with(run, tmp_path):

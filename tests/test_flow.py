@@ -257,7 +257,6 @@ def test_no_gradients_are_kept():
         ({"ras": SimpleNamespace(select=len)}, "must be a ras.RASConfig, a ras.Upstream or None"),
         ({"correct": 1}, "correct is 1, must be True or False"),
         ({"progress": 0}, "progress is 0, must be True or False"),
-        ({"known": 5}, "known is 5, must be a Known or None"),
         ({"known": torch.zeros(1)}, "known is tensor([0.]), must be a Known or None"),
         ({"record": True}, "record is True, must be a Record or None"),
     ],

@@ -244,7 +244,11 @@ def test_pictures_beyond_the_positions_are_refused_along_either_side(rows, colum
     ],
 )
 def test_bad_configs_are_named(change, sentence):
-    assert Lumina2Config(axes_dim_rope=(2, 46, 48), axes_lens=(1, 1, 1))  # the least
     with pytest.raises(ValueError) as error:
         Lumina2Config(**change)
     assert sentence in str(error.value)
+
+
+def test_the_narrowest_and_shortest_axes():
+    config = Lumina2Config(axes_dim_rope=(2, 46, 48), axes_lens=(1, 1, 1))
+    assert config.axes_dim_rope[0] == 2 and config.axes_lens == (1, 1, 1)

@@ -77,6 +77,8 @@ def test_a_home_folder_may_be_a_tilde(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     minidit.save(minidit.load(GOLDENS / "pipe_lumina"), "~/mine")
     assert minidit.load("~/mine").family == "lumina" and (tmp_path / "mine").is_dir()
+    with pytest.raises(ValueError, match="folder is '~nobody-of-that-name/mine': "):
+        minidit.save(minidit.load(GOLDENS / "pipe_lumina"), "~nobody-of-that-name/mine")
 
 
 def test_what_cannot_be_saved_is_refused_and_leaves_nothing(tmp_path: Path, monkeypatch) -> None:

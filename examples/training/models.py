@@ -1,4 +1,4 @@
-"""The two families in small, untrained: which networks, how they start, how they are driven.
+"""The two families in small: which networks, how they start, how they are driven and exported.
 
 B batch, L text tokens.
 """

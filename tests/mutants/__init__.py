@@ -40,5 +40,6 @@ as an initial value that is never read, or an argument that is at its default:
     seed 4, ras/ and minidit/         174      3       167   98 %
             weights/ (228 of 300)      54      5        42   86 %
 
-There are tests for the rest of seeds 1 to 3 now, but for the messages of argparse.
+A seed draws from the code as it is: these lots were of that day's. There are tests for the rest of
+seeds 1 to 3 now, but for the messages of argparse.
 """

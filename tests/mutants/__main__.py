@@ -28,6 +28,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the lot")
     parser.add_argument("--results", type=Path, default=Path("mutants.txt"))
     args = parser.parse_args()
+    if args.drawn is not None and args.drawn < 1:
+        parser.error(f"--drawn is {args.drawn}, must be at least 1")
     os.environ["OMP_NUM_THREADS"] = "1"
     warm_up()
 
@@ -43,20 +45,22 @@ def main() -> int:
         for line in args.results.read_text().splitlines():
             name, verdict, *_ = line.split()
             known[name] = verdict
-    todo = [
-        (f"{start}{file}:{i}", file, tests, applied((ROOT / file).read_text(), *pair))
-        for start, mistakes in (
-            ("", MISTAKES),
-            ("second:", SECOND),
-            ("third:", THIRD),
-            ("fourth:", FOURTH),
-            ("fifth:", FIFTH),
-        )
-        for file, (tests, pairs) in mistakes.items()
-        for i, pair in enumerate(pairs)
-    ]
-    if args.drawn is not None:
-        todo = drawn(ROOT, args.drawn, args.seed)
+    todo = (
+        drawn(ROOT, args.drawn, args.seed)
+        if args.drawn
+        else [
+            (f"{start}{file}:{i}", file, tests, applied((ROOT / file).read_text(), *pair))
+            for start, mistakes in (
+                ("", MISTAKES),
+                ("second:", SECOND),
+                ("third:", THIRD),
+                ("fourth:", FOURTH),
+                ("fifth:", FIFTH),
+            )
+            for file, (tests, pairs) in mistakes.items()
+            for i, pair in enumerate(pairs)
+        ]
+    )
     todo.sort(key=lambda one: crc32(one[0].encode()))  # a part of a run is a fair sample
     with tempfile.TemporaryDirectory() as folder:
         tree, log = Path(folder) / "tree", Path(folder) / "log"

@@ -72,13 +72,14 @@ TESTS = {
 def drawn(root: Path, count: int, seed: int) -> list[tuple[str, str, str, str]]:
     """(name, file, its tests, source with the mistake in it) of `count` different mistakes.
 
-    The name says where and what: "ras/plan.py:41:start+1->start-1", without white space.
+    The name says where and what, without white space, and which of all: two changes of a line may
+    look alike at their beginning. "ras/plan.py:41:start+1->start-1#87".
     """
     found = [(file, *change) for file in TESTS for change in changes((root / file).read_text())]
-    some = random.Random(seed).sample(found, min(count, len(found)))
+    some = random.Random(seed).sample(list(enumerate(found)), min(count, len(found)))
     return [
-        ("".join(f"{file}:{line}:{what}".split()), file, TESTS[file], source)
-        for file, line, what, source in some
+        ("".join(f"{file}:{line}:{what}#{number}".split()), file, TESTS[file], source)
+        for number, (file, line, what, source) in some
     ]
 
 
@@ -87,18 +88,19 @@ def changes(source: str) -> Iterator[tuple[int, str, str]]:
     lines = source.encode().splitlines(keepends=True)
     starts = [sum(map(len, lines[:i])) for i in range(len(lines))]
     text = b"".join(lines)
-    for node in inner(ast.parse(source)):
+    for node, decides in inner(ast.parse(source)):
         first = starts[node.lineno - 1] + node.col_offset
         last = starts[node.end_lineno - 1] + node.end_col_offset
-        for new in variants(node):
+        unmet = [ast.Constant(False)] if decides else []  # an `if` without its consequence
+        for new in (*unmet, *variants(node)):
             code = ast.unparse(new)
             inside = f"({code})" if isinstance(node, ast.expr) else code
             changed = (text[:first] + inside.encode() + text[last:]).decode()
             yield node.lineno, f"{text[first:last].decode()[:60]}->{code[:60]}", changed
 
 
-def inner(node: ast.AST) -> Iterator[ast.stmt | ast.expr]:
-    """The statements and expressions that do something, below a node."""
+def inner(node: ast.AST) -> Iterator[tuple[ast.stmt | ast.expr, bool]]:
+    """The statements and expressions that do something, below a node; whether it decides."""
     for field, value in ast.iter_fields(node):
         if field in ("annotation", "returns", "decorator_list"):
             continue
@@ -108,8 +110,7 @@ def inner(node: ast.AST) -> Iterator[ast.stmt | ast.expr]:
             if isinstance(child, ast.keyword) and child.arg in UNSEEN:
                 continue
             if isinstance(child, ast.stmt | ast.expr):
-                child.decides = field == "test"
-                yield child
+                yield child, field == "test"
             if isinstance(child, ast.AST):
                 yield from inner(child)
 
@@ -123,8 +124,6 @@ def variants(node: ast.AST) -> Iterator[ast.AST]:
             setattr(new, field, value)
         return new
 
-    if node.decides:  # an `if` without its consequence
-        yield ast.Constant(False)
     match node:
         case ast.Compare(ops=[op]) if type(op) in COMPARISONS:
             yield but(ops=[COMPARISONS[type(op)]()])
