@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ras.values import short
+from ras.values import require, short
 
 MOST_PIXELS = 8192 * 8192  # of one picture
 MOST_CHARACTERS = 20_000  # of one text; every window is shorter by far
@@ -149,6 +149,12 @@ def config(config: Any) -> None:
         if type(value) is int and value < 1:
             raise ValueError(f"{field.name} is {value}, must be at least 1")
         object.__setattr__(config, field.name, tuple(value) if type(value) is list else value)
+
+
+def multiple(config: Any, name: str, of: str) -> None:
+    """Raise ValueError unless one field of a config is a multiple of another."""
+    unit = getattr(config, of)
+    require(config, name, getattr(config, name) % unit == 0, f"a multiple of {of} = {unit}")
 
 
 def _judge(value: Any, hint: Any) -> tuple[bool, str]:

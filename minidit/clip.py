@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidit import checks
+from minidit.checks import require
 from minidit.parts import check_ids
 
 LEGACY_EOS = 2  # a wrong end-of-text id that most published CLIP configs carry, SD3's included
@@ -37,16 +38,9 @@ class CLIPConfig:
 
     def __post_init__(self) -> None:
         checks.config(self)
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size is {self.hidden_size}, must be a multiple of "
-                f"num_attention_heads = {self.num_attention_heads}"
-            )
-        if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(
-                f"hidden_act is {checks.short(self.hidden_act)}, must be one of "
-                f"{', '.join(ACTIVATIONS)}"
-            )
+        checks.multiple(self, "hidden_size", "num_attention_heads")
+        known = self.hidden_act in ACTIVATIONS
+        require(self, "hidden_act", known, f"one of {', '.join(ACTIVATIONS)}")
 
 
 class CLIPTextEncoder(nn.Module):

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidit import checks
+from minidit.checks import require
 from minidit.parts import (
     MLP,
     FinalLayer,
@@ -27,6 +28,7 @@ from minidit.parts import (
     attention,
     axis_turns,
     batch_sigma,
+    check_axes,
     check_latents,
     check_prompt,
     layer_norm,
@@ -69,16 +71,8 @@ class FluxConfig:
 
     def __post_init__(self) -> None:
         checks.config(self)
-        if self.in_channels % self.patch_size**2:
-            raise ValueError(f"in_channels is {self.in_channels}, must be a multiple of 4")
-        axes = self.axes_dims_rope
-        if len(axes) != 3 or min(axes) < 2 or any(d % 2 for d in axes):
-            raise ValueError(f"axes_dims_rope is {axes}, must be three even numbers")
-        if sum(axes) != self.attention_head_dim:
-            raise ValueError(
-                f"axes_dims_rope is {axes}, must sum to attention_head_dim = "
-                f"{self.attention_head_dim}"
-            )
+        require(self, "in_channels", self.in_channels % self.patch_size**2 == 0, "a multiple of 4")
+        check_axes(self, "axes_dims_rope", "attention_head_dim")
 
 
 class Flux(nn.Module):

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidit import checks
+from minidit.checks import require
 from minidit.parts import attention, check_ids
 
 
@@ -74,51 +75,31 @@ class GemmaConfig:
 
     def __post_init__(self) -> None:
         checks.config(self)
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads is {self.num_attention_heads}, must be a multiple of "
-                f"num_key_value_heads = {self.num_key_value_heads}"
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim is {self.head_dim}, must be even")
+        checks.multiple(self, "num_attention_heads", "num_key_value_heads")
+        require(self, "head_dim", self.head_dim % 2 == 0, "even")
         # "gelu" in Gemma's files is an old mistake: it was trained with the tanh approximation
-        activation = self.hidden_activation or self.hidden_act
-        if activation not in ("gelu", "gelu_pytorch_tanh"):
-            raise ValueError(
-                f"hidden_act is {checks.short(activation)}, must be 'gelu' or 'gelu_pytorch_tanh'"
-            )
-        if (
-            self.rope_scaling
-            or (self.rope_parameters or {}).get("rope_type", "default") != "default"
-        ):
-            raise ValueError(
-                f"rope_scaling is {checks.short(self.rope_scaling or self.rope_parameters)}, "
-                "must be null"
-            )
+        act = "hidden_act" if self.hidden_activation is None else "hidden_activation"
+        ok = getattr(self, act) in ("gelu", "gelu_pytorch_tanh")
+        require(self, act, ok, "'gelu' or 'gelu_pytorch_tanh'")
+        require(self, "rope_scaling", not self.rope_scaling, "null")
+        ok = (self.rope_parameters or {}).get("rope_type", "default") == "default"
+        require(self, "rope_parameters", ok, "null, or of rope_type 'default'")
         if not self.theta > 0:
             raise ValueError(f"rope_theta is {self.theta}, must be above 0")
-        if self.attention_bias:
-            raise ValueError("attention_bias is true, must be false")
-        if self.model_type not in ("gemma", "gemma2"):
-            raise ValueError(
-                f"model_type is {checks.short(self.model_type)}, must be 'gemma' or 'gemma2'"
-            )
+        require(self, "attention_bias", not self.attention_bias, "False")
+        ok = self.model_type in ("gemma", "gemma2")
+        require(self, "model_type", ok, "'gemma' or 'gemma2'")
         if self.second:
             self._check_second()
 
     def _check_second(self) -> None:
         for name in ("query_pre_attn_scalar", "attn_logit_softcapping", "sliding_window"):
             value = getattr(self, name)
-            if value is None or not value > 0:
-                raise ValueError(f"{name} is {value}, must be above 0 in a Gemma 2")
-        kinds = ("sliding_attention", "full_attention")
-        if self.layer_types is not None and (
-            len(self.layer_types) != self.num_hidden_layers or not {*self.layer_types} <= {*kinds}
-        ):
-            raise ValueError(
-                f"layer_types is {checks.short(self.layer_types)}, must be "
-                f"{self.num_hidden_layers} times {kinds[0]!r} or {kinds[1]!r}"
-            )
+            require(self, name, value is not None and value > 0, "above 0 in a Gemma 2")
+        kinds, count = ("sliding_attention", "full_attention"), self.num_hidden_layers
+        types = (kinds[0],) * count if self.layer_types is None else self.layer_types
+        ok = len(types) == count and {*types} <= {*kinds}
+        require(self, "layer_types", ok, f"{count} times {kinds[0]!r} or {kinds[1]!r}")
 
 
 class GemmaEncoder(nn.Module):

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidit import checks
+from minidit.checks import require
 from minidit.parts import (
     MLP,
     GatedMLP,
@@ -31,7 +32,9 @@ from minidit.parts import (
     attention,
     axis_turns,
     batch_sigma,
+    check_axes,
     check_latents,
+    check_lumina,
     check_text,
     rotate,
     time_features,
@@ -87,33 +90,13 @@ class Lumina2Config:
 
     def __post_init__(self) -> None:
         checks.config(self)
-        if self.out_channels not in (None, self.in_channels):
-            raise ValueError(
-                f"out_channels is {self.out_channels}, must be null or "
-                f"in_channels = {self.in_channels}"
-            )
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size is {self.hidden_size}, must be a multiple of "
-                f"num_attention_heads = {self.num_attention_heads}"
-            )
-        if self.num_kv_heads is not None and self.num_attention_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_kv_heads is {self.num_kv_heads}, "
-                f"must divide num_attention_heads = {self.num_attention_heads}"
-            )
-        axes = self.axes_dim_rope
-        if len(axes) != 3 or any(d < 2 or d % 2 for d in axes) or sum(axes) != self.head_dim:
-            raise ValueError(
-                f"axes_dim_rope is {axes}, must be three even numbers that add up to the width of "
-                f"a head, {self.head_dim}"
-            )
-        if len(self.axes_lens) != 3 or min(self.axes_lens) < 1:
-            raise ValueError(f"axes_lens is {self.axes_lens}, must be three numbers of at least 1")
-        if self.ffn_dim_multiplier is not None and not self.ffn_dim_multiplier > 0:
-            raise ValueError(f"ffn_dim_multiplier is {self.ffn_dim_multiplier}, must be above 0")
-        if not self.norm_eps > 0:
-            raise ValueError(f"norm_eps is {self.norm_eps}, must be above 0")
+        ok = self.out_channels in (None, self.in_channels)
+        require(self, "out_channels", ok, f"null or in_channels = {self.in_channels}")
+        checks.multiple(self, "hidden_size", "num_attention_heads")
+        check_lumina(self)
+        check_axes(self, "axes_dim_rope", "head_dim")
+        ok = len(self.axes_lens) == 3 and min(self.axes_lens) >= 1
+        require(self, "axes_lens", ok, "three numbers of at least 1")
 
 
 class Lumina2(nn.Module):

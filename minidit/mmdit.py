@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidit import checks
+from minidit.checks import require
 from minidit.parts import (
     MLP,
     FinalLayer,
@@ -59,19 +60,11 @@ class MMDiTConfig:
 
     def __post_init__(self) -> None:
         checks.config(self)
-        if self.caption_projection_dim != self.width:
-            raise ValueError(
-                f"caption_projection_dim is {self.caption_projection_dim}, must be "
-                f"num_attention_heads * attention_head_dim = {self.width}"
-            )
-        if self.qk_norm not in (None, "rms_norm"):
-            raise ValueError(f"qk_norm is {checks.short(self.qk_norm)}, must be null or 'rms_norm'")
-        bad = [i for i in self.dual_attention_layers if not 0 <= i < self.num_layers]
-        if bad:
-            raise ValueError(
-                f"dual_attention_layers names layer {bad[0]}, "
-                f"must be within 0..{self.num_layers - 1}"
-            )
+        width = f"num_attention_heads * attention_head_dim = {self.width}"
+        require(self, "caption_projection_dim", self.caption_projection_dim == self.width, width)
+        require(self, "qk_norm", self.qk_norm in (None, "rms_norm"), "null or 'rms_norm'")
+        ok = all(0 <= i < self.num_layers for i in self.dual_attention_layers)
+        require(self, "dual_attention_layers", ok, f"layers within 0..{self.num_layers - 1}")
 
 
 class MMDiT(nn.Module):

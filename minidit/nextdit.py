@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidit import checks
+from minidit.checks import require
 from minidit.parts import (
     MLP,
     GatedMLP,
@@ -28,6 +29,7 @@ from minidit.parts import (
     attention,
     batch_sigma,
     check_latents,
+    check_lumina,
     check_text,
     rotate,
     time_features,
@@ -89,25 +91,12 @@ class NextDiTConfig:
 
     def __post_init__(self) -> None:
         checks.config(self)
-        if self.hidden_size % (4 * self.num_attention_heads):
-            raise ValueError(
-                f"hidden_size is {self.hidden_size}, must be a multiple of "
-                f"4 * num_attention_heads = {4 * self.num_attention_heads} (2D rotary positions)"
-            )
-        if self.num_kv_heads is not None and self.num_attention_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_kv_heads is {self.num_kv_heads}, "
-                f"must divide num_attention_heads = {self.num_attention_heads}"
-            )
-        if self.sample_size < 4:
-            raise ValueError(
-                f"sample_size is {self.sample_size}, must be at least 4, "
-                "or proportional attention has no scale"
-            )
-        if self.ffn_dim_multiplier is not None and not self.ffn_dim_multiplier > 0:
-            raise ValueError(f"ffn_dim_multiplier is {self.ffn_dim_multiplier}, must be above 0")
-        if not self.norm_eps > 0:
-            raise ValueError(f"norm_eps is {self.norm_eps}, must be above 0")
+        unit = 4 * self.num_attention_heads
+        allowed = f"a multiple of 4 * num_attention_heads = {unit} (2D rotary positions)"
+        require(self, "hidden_size", self.hidden_size % unit == 0, allowed)
+        allowed = "at least 4, or proportional attention has no scale"
+        require(self, "sample_size", self.sample_size >= 4, allowed)
+        check_lumina(self)
 
 
 class NextDiT(nn.Module):

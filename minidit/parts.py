@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidit import checks
+from minidit.checks import require
 
 Rope = tuple[Tensor, Tensor]  # cosines and sines, see `turns`
 
@@ -243,6 +244,23 @@ def check_text(context: Tensor, context_mask: Tensor, batch: int, width: int, li
     if not context.shape[1]:
         raise ValueError(f"context has shape {tuple(context.shape)}, must have at least 1 token")
     checks.tensor("context_mask", context_mask, *context.shape[:2], like=like)
+
+
+def check_lumina(config: Any) -> None:
+    """Raise ValueError unless heads, MLP and norms of a Lumina's config are possible."""
+    G, H, factor = config.num_kv_heads, config.num_attention_heads, config.ffn_dim_multiplier
+    require(
+        config, "num_kv_heads", G is None or H % G == 0, f"a divisor of num_attention_heads = {H}"
+    )
+    require(config, "ffn_dim_multiplier", factor is None or factor > 0, "above 0")
+    require(config, "norm_eps", config.norm_eps > 0, "above 0")
+
+
+def check_axes(config: Any, name: str, head: str) -> None:
+    """Raise ValueError unless a config splits the width of its heads between three axes."""
+    widths, width = getattr(config, name), getattr(config, head)
+    ok = len(widths) == 3 and all(d >= 2 and d % 2 == 0 for d in widths) and sum(widths) == width
+    require(config, name, ok, f"three even numbers that add up to {head} = {width}")
 
 
 def check_ids(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from minidit import checks
+from minidit.checks import require
 from minidit.flow import SHIFTS, check_schedule, flow_sigmas, shifted
 
 SOLVERS = ("euler", "corrected")
@@ -47,25 +48,19 @@ class SchedulerConfig:
     default_guidance: float = 7.0
 
     def __post_init__(self) -> None:
-        def require(ok: bool, name: str, allowed: str) -> None:
-            if not ok:
-                raise ValueError(
-                    f"{name} is {checks.short(getattr(self, name))}, must be {allowed}"
-                )
-
         checks.config(self)
-        require(SHIFTS[0] <= self.shift <= SHIFTS[1], "shift", "above 0, within 1e-6..1e6")
-        require(
-            self.max_image_seq_len > self.base_image_seq_len,
-            "max_image_seq_len", f"above base_image_seq_len = {self.base_image_seq_len}",
-        )  # fmt: skip
+        least, most = SHIFTS
+        require(self, "shift", least <= self.shift <= most, "above 0, within 1e-6..1e6")
+        base = self.base_image_seq_len
+        longer = self.max_image_seq_len > base
+        require(self, "max_image_seq_len", longer, f"above base_image_seq_len = {base}")
         for name in ("base_shift", "max_shift"):
-            require(abs(getattr(self, name)) < 10, name, "a logarithm within -10..10")
-        require(self.spacing in SPACINGS, "spacing", f"one of {', '.join(SPACINGS)}")
-        require(self.default_solver in SOLVERS, "default_solver", f"one of {', '.join(SOLVERS)}")
-        ok = self.corrected_shift is None or SHIFTS[0] <= self.corrected_shift <= SHIFTS[1]
-        require(ok, "corrected_shift", "above 0, within 1e-6..1e6, or null")
-        require(self.default_guidance >= 1, "default_guidance", "at least 1, finite")
+            require(self, name, abs(getattr(self, name)) < 10, "a logarithm within -10..10")
+        for name, known in (("spacing", SPACINGS), ("default_solver", SOLVERS)):
+            require(self, name, getattr(self, name) in known, f"one of {', '.join(known)}")
+        ok = self.corrected_shift is None or least <= self.corrected_shift <= most
+        require(self, "corrected_shift", ok, "above 0, within 1e-6..1e6, or null")
+        require(self, "default_guidance", self.default_guidance >= 1, "at least 1, finite")
 
     def steps(self, solver: str) -> int:
         """How many steps a solver takes where nobody says."""

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidit import checks
+from minidit.checks import require
 from minidit.parts import attention, check_ids
 
 
@@ -36,20 +37,12 @@ class T5Config:
 
     def __post_init__(self) -> None:
         checks.config(self)
-        if self.feed_forward_proj != "gated-gelu":
-            raise ValueError(
-                f"feed_forward_proj is {checks.short(self.feed_forward_proj)}, must be "
-                "'gated-gelu', as in T5 v1.1"
-            )
-        buckets, distance = (
-            self.relative_attention_num_buckets,
-            self.relative_attention_max_distance,
-        )
-        if buckets < 4 or distance <= buckets // 4:
-            raise ValueError(
-                f"relative_attention_num_buckets is {buckets}, must be at least 4 and less than "
-                f"4 * relative_attention_max_distance = {4 * distance}"
-            )
+        ok = self.feed_forward_proj == "gated-gelu"
+        require(self, "feed_forward_proj", ok, "'gated-gelu', as in T5 v1.1")
+        name, far = "relative_attention_num_buckets", self.relative_attention_max_distance
+        ok = 4 <= getattr(self, name) and getattr(self, name) // 4 < far
+        allowed = f"at least 4 and less than 4 * relative_attention_max_distance = {4 * far}"
+        require(self, name, ok, allowed)
 
 
 class T5Encoder(nn.Module):

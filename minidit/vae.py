@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidit import checks
+from minidit.checks import require
 from minidit.parts import attention, fast_layout, silu_
 from minidit.strips import decode_in_strips
 
@@ -53,23 +54,16 @@ class VAEConfig:
     def __post_init__(self) -> None:
         checks.config(self)
         widths, groups = self.block_out_channels, self.norm_num_groups
-        if not widths or any(width < 1 or width % groups for width in widths):
-            raise ValueError(
-                f"block_out_channels is {widths}, must be one or more positive multiples of "
-                f"norm_num_groups = {groups}"
-            )
-        for name, kind in (("down", "DownEncoderBlock2D"), ("up", "UpDecoderBlock2D")):
-            types = getattr(self, f"{name}_block_types")
-            if types is not None and types != (kind,) * len(widths):
-                raise ValueError(
-                    f"{name}_block_types is {str(types):.80}, must be {len(widths)} x {kind!r}"
-                )
-        if self.act_fn != "silu":
-            raise ValueError(f"act_fn is {checks.short(self.act_fn)}, must be 'silu'")
-        if not self.mid_block_add_attention:
-            raise ValueError("mid_block_add_attention is False, must be True")
-        if self.scaling_factor == 0:
-            raise ValueError(f"scaling_factor is {self.scaling_factor}, must be finite and not 0")
+        ok = widths and all(width >= 1 and width % groups == 0 for width in widths)
+        allowed = f"one or more positive multiples of norm_num_groups = {groups}"
+        require(self, "block_out_channels", ok, allowed)
+        kinds = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+        for name, kind in kinds.items():
+            ok = getattr(self, name) in (None, (kind,) * len(widths))
+            require(self, name, ok, f"{len(widths)} x {kind!r}")
+        require(self, "act_fn", self.act_fn == "silu", "'silu'")
+        require(self, "mid_block_add_attention", self.mid_block_add_attention, "True")
+        require(self, "scaling_factor", self.scaling_factor != 0, "finite and not 0")
 
 
 class AutoencoderKL(nn.Module):

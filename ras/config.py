@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from ras.plan import Step, plan_steps
 from ras.select import SCORES, History, Region, select_tokens
 from ras.upstream import Upstream
-from ras.values import is_count, is_number, short
+from ras.values import is_count, is_number, require, short
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,6 @@ class RASConfig:
     starvation: float = 0.0
 
     def __post_init__(self) -> None:
-        def require(ok: bool, name: str, allowed: str) -> None:
-            if not ok:
-                raise ValueError(f"{name} is {short(getattr(self, name))}, must be {allowed}")
-
         def share(value: object) -> bool:
             return is_number(value) and not is_count(value) and 0 < value < 1
 
@@ -54,34 +50,33 @@ class RASConfig:
             return share(value) or (is_count(value) and value >= least)
 
         for name in ("ratio", "fall", "starvation"):
-            require(is_number(getattr(self, name)), name, "a finite number")
-        require(0 < self.ratio <= 1, "ratio", "in (0, 1]")
+            require(self, name, is_number(getattr(self, name)), "a finite number")
+        require(self, "ratio", 0 < self.ratio <= 1, "in (0, 1]")
         low, high = self.ratio - abs(self.fall) / 2, self.ratio + abs(self.fall) / 2
         if not (low > 0 and high <= 1):
             raise ValueError(
                 f"fall is {self.fall} around a ratio of {self.ratio}, "
                 f"which spans {low:g} to {high:g}; must stay in (0, 1]"
             )
-        require(
-            steps(self.start, 1), "start", "a number of steps of at least 1, or a share in (0, 1)"
-        )
+        allowed = "a number of steps of at least 1, or a share in (0, 1)"
+        require(self, "start", steps(self.start, 1), allowed)
         first = self.start if is_count(self.start) else 1
         allowed = "None, a step number, or a share in (0, 1)"
-        require(self.end is None or is_count(self.end) or share(self.end), "end", allowed)
-        if is_count(self.end) and self.end < first:
-            raise ValueError(f"end is {self.end}, must be at least start = {first}")
+        require(self, "end", self.end is None or is_count(self.end) or share(self.end), allowed)
+        late = not is_count(self.end) or self.end >= first
+        require(self, "end", late, f"at least start = {first}")
         if isinstance(self.refresh, list):
             object.__setattr__(self, "refresh", tuple(self.refresh))
         if isinstance(self.refresh, tuple):
             ok = all(is_count(step) and step >= first for step in self.refresh)
-            require(ok, "refresh", f"step numbers from start = {first} on")
+            require(self, "refresh", ok, f"step numbers from start = {first} on")
         else:
             allowed = "a number of steps, a share in (0, 1), or step numbers"
-            require(steps(self.refresh, 0), "refresh", allowed)
+            require(self, "refresh", steps(self.refresh, 0), allowed)
         known = isinstance(self.score, str) and self.score in SCORES
-        require(known, "score", f"one of {', '.join(SCORES)}")
-        require(self.prefer in ("low", "high"), "prefer", "'low' or 'high'")
-        require(self.starvation >= 0, "starvation", "a finite number of at least 0")
+        require(self, "score", known, f"one of {', '.join(SCORES)}")
+        require(self, "prefer", self.prefer in ("low", "high"), "'low' or 'high'")
+        require(self, "starvation", self.starvation >= 0, "a finite number of at least 0")
 
     def plan(self, steps: int, tokens: int) -> tuple[Step, ...]:
         """What every step of a run does: see `ras.plan`."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from ras.plan import Step, check_size
 from ras.record import Record
 from ras.select import History, Region
-from ras.values import is_count, short
+from ras.values import is_count, require
 
 EVERY = 3  # measured (docs/edit.md)
 
@@ -46,19 +46,14 @@ class Given:
 
     def __post_init__(self) -> None:
         real = isinstance(self.ring, Real) and not isinstance(self.ring, bool)
-        if not real or not self.ring >= 0:
-            raise ValueError(f"ring is {short(self.ring)}, must be a number of at least 0")
-        if self.every is not None and not (is_count(self.every) and self.every >= 1):
-            raise ValueError(
-                f"every is {short(self.every)}, must be None or an integer of at least 1"
-            )
-
+        require(self, "ring", real and self.ring >= 0, "a number of at least 0")
+        ok = self.every is None or (is_count(self.every) and self.every >= 1)
+        require(self, "every", ok, "None or an integer of at least 1")
         for name, kind in (("mask", Tensor), ("record", Record)):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, kind):
-                raise ValueError(f"{name} is {short(value)}, must be a {kind.__name__} or None")
-        if not is_count(self.first) or self.first < 0:
-            raise ValueError(f"first is {short(self.first)}, must be an integer of at least 0")
+            ok = isinstance(getattr(self, name), kind | None)
+            require(self, name, ok, f"a {kind.__name__} or None")
+        first = is_count(self.first) and self.first >= 0
+        require(self, "first", first, "an integer of at least 0")
 
     def at(self, mask: Tensor, record: Record | None = None, first: int = 0) -> Given:
         """The same for a mask, and for a record from this step on."""

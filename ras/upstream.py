@@ -17,7 +17,7 @@ import torch
 
 from ras.plan import check_size
 from ras.select import SCORES, History, Region
-from ras.values import is_count, is_number, short
+from ras.values import is_count, is_number, require
 
 
 class OfficialStep(NamedTuple):
@@ -48,26 +48,21 @@ class Upstream:
     skip_num_step_length: int = 0
 
     def __post_init__(self) -> None:
-        def require(ok: bool, name: str, allowed: str) -> None:
-            if not ok:
-                raise ValueError(f"{name} is {short(getattr(self, name))}, must be {allowed}")
-
         for name in ("sample_ratio", "high_ratio", "starvation_scale"):
-            require(is_number(getattr(self, name)), name, "a finite number")
-        for name in ("start_step", "end_step"):
-            require(is_count(getattr(self, f"scheduler_{name}")), f"scheduler_{name}", "an integer")
-        require(is_count(self.skip_num_step), "skip_num_step", "an integer")
-        require(0 < self.sample_ratio <= 1, "sample_ratio", "in (0, 1]")
-        require(self.metric in ("std", "l2norm"), "metric", "'std' or 'l2norm'")
-        require(0 < self.high_ratio <= 1, "high_ratio", "in (0, 1]")
+            require(self, name, is_number(getattr(self, name)), "a finite number")
+        for name in ("scheduler_start_step", "scheduler_end_step", "skip_num_step"):
+            require(self, name, is_count(getattr(self, name)), "an integer")
+        require(self, "sample_ratio", 0 < self.sample_ratio <= 1, "in (0, 1]")
+        require(self, "metric", self.metric in ("std", "l2norm"), "'std' or 'l2norm'")
+        require(self, "high_ratio", 0 < self.high_ratio <= 1, "in (0, 1]")
         start, length = self.scheduler_start_step, self.skip_num_step_length
-        require(start >= 1, "scheduler_start_step", "at least 1")
-        require(self.scheduler_end_step >= start, "scheduler_end_step", f"at least {start}")
+        require(self, "scheduler_start_step", start >= 1, "at least 1")
+        require(self, "scheduler_end_step", self.scheduler_end_step >= start, f"at least {start}")
         resets = self.error_reset_steps
         ok = isinstance(resets, tuple | list) and all(is_count(t) and t >= 0 for t in resets)
-        require(ok, "error_reset_steps", "step numbers of at least 0")
+        require(self, "error_reset_steps", ok, "step numbers of at least 0")
         object.__setattr__(self, "error_reset_steps", tuple(resets))
-        require(is_count(length) and length >= 0, "skip_num_step_length", "at least 0")
+        require(self, "skip_num_step_length", is_count(length) and length >= 0, "at least 0")
 
     def with_ratio(self, ratio: float) -> Upstream:
         """The same settings at another share of active tokens."""

@@ -22,6 +22,12 @@ def is_number(value: object) -> bool:
         return False
 
 
+def require(config: object, name: str, ok: bool, allowed: str) -> None:
+    """Raise ValueError unless a field of a config is ok, with its value and what is allowed."""
+    if not ok:
+        raise ValueError(f"{name} is {short(getattr(config, name))}, must be {allowed}")
+
+
 def short(value: object, length: int = 80) -> str:
     """repr of a value for a sentence: one line of at most `length` characters."""
     if isinstance(value, str | bytes):

@@ -173,8 +173,8 @@ def test_schnell_has_no_guidance():
         ({"axes_dims_rope": (16, 55, 57)}, "must be three even numbers"),
         ({"axes_dims_rope": (0, 64, 64)}, "axes_dims_rope is (0, 64, 64), must be three even"),
         ({"axes_dims_rope": (32, 32, 32, 32)}, "must be three even numbers"),
-        ({"attention_head_dim": 64}, "must sum to attention_head_dim = 64"),
-        ({"attention_head_dim": 130}, "must sum to attention_head_dim = 130"),
+        ({"attention_head_dim": 64}, "add up to attention_head_dim = 64"),
+        ({"attention_head_dim": 130}, "add up to attention_head_dim = 130"),
     ],
 )
 def test_bad_configs_are_named(change, sentence):

@@ -223,7 +223,7 @@ def test_bad_inputs_are_named(change, sentence):
         ({"num_layers": 0}, "num_layers is 0, must be at least 1"),
         ({"hidden_size": 64}, "hidden_size is 64, must be a multiple of 4"),
         ({"hidden_size": 2300}, "hidden_size is 2300, must be a multiple of 4"),
-        ({"num_kv_heads": 7}, "num_kv_heads is 7, must divide num_attention_heads = 32"),
+        ({"num_kv_heads": 7}, "num_kv_heads is 7, must be a divisor of num_attention_heads = 32"),
         ({"norm_eps": 0.0}, "norm_eps is 0.0, must be above 0"),
         ({"ffn_dim_multiplier": -1.0}, "ffn_dim_multiplier is -1.0, must be above 0"),
         ({"sample_size": 3}, "sample_size is 3, must be at least 4"),

@@ -71,17 +71,14 @@ MISTAKES: dict[str, tuple[str, list[tuple[str, str]]]] = {
         "ras_plan ras_select",
         [
             ("not is_count(value) and 0 < value < 1", "not is_count(value) and 0 <= value < 1"),
-            ('require(0 < self.ratio <= 1, "ratio"', 'require(0 <= self.ratio <= 1, "ratio"'),
+            ('"ratio", 0 < self.ratio <= 1', '"ratio", 0 <= self.ratio <= 1'),
             ("self.ratio - abs(self.fall) / 2, self", "self.ratio - self.fall / 2, self"),
             ("self.ratio + abs(self.fall) / 2", "self.ratio + self.fall / 2"),
             ("if not (low > 0 and high <= 1):", "if not (low >= 0 and high <= 1):"),
             ("if not (low > 0 and high <= 1):", "if not (low > 0 and high < 1):"),
-            (
-                "if is_count(self.end) and self.end < first:",
-                "if is_count(self.end) and self.end <= first:",
-            ),
+            ("or self.end >= first", "or self.end > first"),
             ("is_count(step) and step >= first for", "is_count(step) and step > first for"),
-            ("require(self.starvation >= 0", "require(self.starvation > 0"),
+            ("self.starvation >= 0", "self.starvation > 0"),
             (
                 "step.active), history.velocity)",
                 "step.active), 0 * history.velocity)",
@@ -293,7 +290,7 @@ MISTAKES: dict[str, tuple[str, list[tuple[str, str]]]] = {
                 "Region(active.sort(dim=1).values, history.velocity)",
                 "Region(active, history.velocity)",
             ),
-            ("require(start >= 1,", "require(start >= 0,"),
+            ("start >= 1,", "start >= 0,"),
             (
                 "t in self.error_reset_steps or self.sample_ratio == 1:",
                 "t in self.error_reset_steps[1:] or self.sample_ratio == 1:",

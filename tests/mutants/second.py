@@ -131,8 +131,8 @@ SECOND: dict[str, tuple[str, list[tuple[str, str]]]] = {
         [
             ("(self.max_shift - self.base_shift) / length", "self.max_shift / length"),
             (
-                "require(self.default_guidance >= 1",
-                "require(self.default_guidance > 1",
+                "self.default_guidance >= 1",
+                "self.default_guidance > 1",
             ),
             (
                 "torch.linspace(1, 0, steps + 1, dtype=torch.float64)",
@@ -194,16 +194,13 @@ SECOND: dict[str, tuple[str, list[tuple[str, str]]]] = {
                 "t_gate, shift_mlp, scale_mlp, gate_mlp = t_rest",
                 "t_gate, scale_mlp, shift_mlp, gate_mlp = t_rest",
             ),
-            ("not 0 <= i < self.num_layers]", "not 0 <= i <= self.num_layers]"),
+            ("0 <= i < self.num_layers", "0 <= i <= self.num_layers"),
         ],
     ),
     "minidit/nextdit.py": (
         "nextdit parts ras_network",
         [
-            (
-                "if self.hidden_size % (4 * self.num_attention_heads):",
-                "if self.hidden_size % (2 * self.num_attention_heads):",
-            ),
+            ("unit = 4 * self.num", "unit = 2 * self.num"),
             ("(10000.0 * factor) ** exponent", "(10000.0 / factor) ** exponent"),
         ],
     ),
@@ -212,7 +209,10 @@ SECOND: dict[str, tuple[str, list[tuple[str, str]]]] = {
         [
             ("SingleBlock(c, first_single + i)", "SingleBlock(c, i)"),
             ("x.clamp(-65504, 65504) if x.dtype", "x.clamp(max=65504) if x.dtype"),
-            ("sum(axes) != self.attention_head_dim", "sum(axes) > self.attention_head_dim"),
+            (
+                'check_axes(self, "axes_dims_rope", "attention_head_dim")',
+                'check_axes(self, "axes_dims_rope", "width")',
+            ),
         ],
     ),
     "minidit/lumina2.py": (

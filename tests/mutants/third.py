@@ -14,7 +14,7 @@ THIRD: dict[str, tuple[str, list[tuple[str, str]]]] = {
     "ras/config.py": (
         "ras_plan ras_select examples",
         [
-            ('steps(self.start, 1), "start"', 'steps(self.start, 0), "start"'),
+            ("steps(self.start, 1)", "steps(self.start, 0)"),
         ],
     ),
     "ras/run.py": (
