@@ -30,7 +30,7 @@ SYSTEM_PROMPT = (  # of Lumina-Image 2.0 (diffusers pipeline_lumina2.py)
 )
 
 
-class Family(NamedTuple):
+class Conditioning(NamedTuple):
     """How one kind of network is conditioned."""
 
     encode: Callable[..., Cond]
@@ -75,8 +75,8 @@ def encode_sd3(
     for name, other in (("prompt_2", prompt_2), ("prompt_3", prompt_3)):
         other = prompts if other is None else checks.texts(name, other, len(prompts))
         rows.append(negatives + other)
-    hidden, pooled = clip(pipe, pipe.text_encoder, pipe.tokenizer, rows[0])
-    hidden_2, pooled_2 = clip(pipe, pipe.text_encoder_2, pipe.tokenizer_2, rows[1])
+    hidden, pooled = encode_clip(pipe, pipe.text_encoder, pipe.tokenizer, rows[0])
+    hidden_2, pooled_2 = encode_clip(pipe, pipe.text_encoder_2, pipe.tokenizer_2, rows[1])
     context = torch.cat((hidden, hidden_2), dim=2)  # (n, L_clip, D_l + D_g)
     width = pipe.transformer.config.joint_attention_dim
     context = pad(context, (0, width - context.shape[2]))  # (n, L_clip, D)
@@ -90,7 +90,7 @@ def encode_sd3(
     return {"context": context, "pooled": torch.cat((pooled, pooled_2), dim=1)}
 
 
-def clip(pipe: Any, encoder: Any, tokenizer: Any, rows: list[str]) -> tuple[Tensor, Tensor]:
+def encode_clip(pipe: Any, encoder: Any, tokenizer: Any, rows: list[str]) -> tuple[Tensor, Tensor]:
     """A CLIP's hidden states (n, L_clip, D_clip) and pooled vectors (n, P_clip) of texts."""
     window = encoder.config.max_position_embeddings
     return pipe.run(encoder, tokenizer(rows, min(tokenizer.model_max_length or window, window)))
@@ -170,7 +170,7 @@ def encode_flux(
         max_sequence_length = 512 if pipe.transformer.config.guidance_embeds else 256
     length = checks.integer("max_sequence_length", max_sequence_length, 2, 512)
     second = prompts if prompt_2 is None else checks.texts("prompt_2", prompt_2, len(prompts))
-    _, pooled = clip(pipe, pipe.text_encoder, pipe.tokenizer, negatives + prompts)
+    _, pooled = encode_clip(pipe, pipe.text_encoder, pipe.tokenizer, negatives + prompts)
     context = pipe.run(pipe.text_encoder_2, pipe.tokenizer_2(negatives + second, length))
     return {"context": context, "pooled": pooled}
 
@@ -221,8 +221,8 @@ def guide_lumina2(
 
 
 FAMILIES = {
-    "sd3": Family(encode_sd3, guide_sd3),
-    "lumina": Family(encode_lumina, guide_lumina),
-    "flux": Family(encode_flux, guide_flux),
-    "lumina2": Family(encode_lumina2, guide_lumina2),
+    "sd3": Conditioning(encode_sd3, guide_sd3),
+    "lumina": Conditioning(encode_lumina, guide_lumina),
+    "flux": Conditioning(encode_flux, guide_flux),
+    "lumina2": Conditioning(encode_lumina2, guide_lumina2),
 }

@@ -223,7 +223,7 @@ def drawn_levels(record: Record, noise: Tensor, guidance: float, steps: Any, sig
     return torch.tensor(record.levels)
 
 
-def check_text(record: Record, tokens: int, length: int) -> None:
+def check_text_rows(record: Record, tokens: int, length: int) -> None:
     """Raise ValueError unless keys and values of an earlier run suit prompts of `length` tokens.
 
     Where text and image attend together, the text's rows lie behind those of the image's tokens.

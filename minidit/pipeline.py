@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import ras as regions
 from minidit import checks
 from minidit.conditioning import FAMILIES, Cond
-from minidit.edit import Source, check_text, drawn_levels
+from minidit.edit import Source, check_text_rows, drawn_levels
 from minidit.flow import Callback, check_ras, denoise
 from minidit.scheduler import SOLVERS, SchedulerConfig
 from ras.plan import MOST_STEPS
@@ -167,7 +167,7 @@ class Pipeline:
 
         batch = family.encode(self, prompts, negatives, **for_encode)
         if drawn:
-            check_text(drawn, tokens, batch["context"].shape[1])
+            check_text_rows(drawn, tokens, batch["context"].shape[1])
         uncond, cond = (
             {k: v[rows].repeat_interleave(num_images, dim=0) for k, v in batch.items()} | told
             for rows in (slice(len(negatives)), slice(len(negatives), None))

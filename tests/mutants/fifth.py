@@ -202,8 +202,8 @@ FIFTH: dict[str, tuple[str, list[tuple[str, str]]]] = {
             ),
             ("regions.Record() if checks.flag", "regions.Record(every=2) if checks.flag"),
             (
-                "        if drawn:\n            check_text(",
-                "        if drawn and drawn.guided:\n            check_text(",
+                "        if drawn:\n            check_text_rows(",
+                "        if drawn and drawn.guided:\n            check_text_rows(",
             ),
             (
                 "            height, width = source.fit(height, width)",
