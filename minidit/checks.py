@@ -28,9 +28,8 @@ MOST_PICTURES = 10_000  # of one prompt
 def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
     """The value as an int within low..high."""
     limits = f"of at least {low}" if high is None else f"within {low}..{high}"
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise ValueError(f"{name} is {short(value)}, must be an integer {limits}")
-    if value < low or (high is not None and value > high):
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or value < low or (high is not None and value > high):
         raise ValueError(f"{name} is {short(value)}, must be an integer {limits}")
     return int(value)
 

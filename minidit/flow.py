@@ -111,9 +111,12 @@ def denoise(
         checks.flag(name, value)
     if record is not None and ras is not None:
         raise ValueError("record is for dense runs: pass ras=None")
-    _check(model, latents, sigmas, cond, uncond, guidance)
     checks.function("callback", callback)
     check_ras(ras)
+    asked = {"skip_layers": ()} if guidance.skip_layers else {}
+    if ras is not None or record is not None:
+        asked |= {"active": None, "cache": None}
+    _check(model, latents, sigmas, cond, uncond, guidance, asked)
     latents, patch = latents.float(), _patch_size(model, latents, ras)
     run = Run(ras, sigmas, latents, patch, correct, record)
     velocity_of = Guided(model, cond, uncond, guidance, run.steps, patch)
@@ -157,18 +160,18 @@ def _patch_size(model: Model, latents: Tensor, ras: Any) -> int:
     return patch
 
 
-def _check(model, latents, sigmas, cond, uncond, guidance) -> None:
+def _check(model, latents, sigmas, cond, uncond, guidance, asked) -> None:
     checks.floating("latents", latents, "B", "C", "H", "W")
     checks.floating("sigmas", sigmas, "steps + 1")
     for name, value in (("cond", cond), ("uncond", uncond)):
         if not isinstance(value, Mapping) and (name == "cond" or value is not None):
             raise ValueError(f"{name} is {checks.short(value)}, must be a dict of arguments")
     try:
-        signature(getattr(model, "forward", model)).bind(latents, sigmas[0], **cond)
+        signature(getattr(model, "forward", model)).bind(latents, sigmas[0], **cond, **asked)
     except (TypeError, ValueError, IndexError) as error:
         raise ValueError(
             f"model is {checks.short(model)}, which cannot be given latents, sigma, "
-            f"{', '.join(map(str, cond))}: {checks.reason(error)}"
+            f"{', '.join(map(str, [*cond, *asked]))}: {checks.reason(error)}"
         ) from None
     if len(sigmas) < 2 or sigmas.is_meta:
         raise ValueError(f"sigmas are {checks.short(sigmas)}, must be (steps + 1,), steps >= 1")

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from minidit import denoise, flow_sigmas
-from ras import RASConfig
+from minidit.guidance import Guidance
+from ras import RASConfig, Record
 
 
 def test_sigmas_are_those_of_the_official_scheduler_to_the_bit():
@@ -216,6 +217,11 @@ def test_no_gradients_are_kept():
     assert not latents.requires_grad and not any(velocity.requires_grad for velocity in seen)
 
 
+def plain(latents, sigma, level):
+    """A model that knows nothing of regions, nor of layers to skip."""
+    return latents
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -253,6 +259,15 @@ def test_no_gradients_are_kept():
         ({"sigmas": torch.ones(3).long()}, "sigmas is torch.int64, must be floating point"),
         ({"cond": {"height": torch.zeros(1)}}, "which cannot be given latents, sigma, height: "),
         ({"model": 5}, "model is 5, which cannot be given"),
+        (
+            {"ras": RASConfig(), "model": plain},
+            "cannot be given latents, sigma, level, active, cache",
+        ),
+        ({"record": Record(), "model": plain}, "level, active, cache: "),
+        (
+            {"guidance": Guidance(2.0, (0,)), "uncond": {"level": torch.zeros(1)}},
+            "cannot be given latents, sigma, level, skip_layers: ",
+        ),
         ({"ras": SimpleNamespace(plan=len)}, "must be a ras.RASConfig, a ras.Upstream or None"),
         ({"ras": SimpleNamespace(select=len)}, "must be a ras.RASConfig, a ras.Upstream or None"),
         ({"correct": 1}, "correct is 1, must be True or False"),
@@ -268,5 +283,5 @@ def test_what_does_not_fit_is_named(change, sentence):
         "cond": {"level": torch.zeros(1)},
     }
     with pytest.raises(ValueError) as error:
-        denoise(**({"model": lambda x, sigma, level: x} | arguments | change))
+        denoise(**({"model": lambda x, s, level, active=0, cache=0: x} | arguments | change))
     assert sentence in str(error.value)
