@@ -255,13 +255,13 @@ def find_tensors(folder: Path, name: str) -> dict[str, Stored]:
     for file in there:
         if match := form.fullmatch(file):
             variants.setdefault(match[1] or match[3] or "", []).append(file)
-    for file in there if not variants else ():
-        if Path(file).suffix in (*FOREIGN, ".pth", ".pt"):
-            raise FileNotFoundError(
-                f"{folder} has only {plain(file)}: convert it to safetensors or fetch the "
-                ".safetensors file"
-            )
     if not variants:
+        for file in there:
+            if Path(file).suffix in (*FOREIGN, ".pth", ".pt"):
+                raise FileNotFoundError(
+                    f"{folder} has only {plain(file)}: convert it to safetensors or fetch the "
+                    ".safetensors file"
+                )
         raise FileNotFoundError(f"there is no {name}.safetensors in {folder}")
     variant, files = min(variants.items())
     whole, index = f"{name}{variant}.safetensors", f"{name}.safetensors.index{variant}.json"
@@ -291,16 +291,13 @@ def _read_shards(folder: Path, shards: list[str], index: Path | None) -> dict[st
         if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", shard):
             raise ValueError(f"{index} names the shard {plain(shard)}, which is no file name")
         for name, tensor in read_header(folder / shard).items():
-            if found.setdefault(name, tensor) is not tensor:
-                raise ValueError(
-                    f"{plain(name)} is in two shards of {folder}: {found[name].file.name} and "
-                    f"{shard}"
-                )
-    for name in sorted(said.keys() | found.keys()) if index else ():
-        place = found[name].file.name if name in found else "no file"
-        if said.get(name, "no file") != place:
-            raise ValueError(
-                f"{index} says that {plain(name)} is in {said.get(name, 'no file')}, but it is in "
-                f"{place}"
-            )
+            if name in found:
+                place = found[name].file.name
+                raise ValueError(f"{plain(name)} is in two shards of {folder}: {place} and {shard}")
+            found[name] = tensor
+    places = {name: tensor.file.name for name, tensor in found.items()}
+    for name in sorted(said.keys() | places.keys()) if index else ():
+        listed, real = (where.get(name, "no file") for where in (said, places))
+        if listed != real:
+            raise ValueError(f"{index} says that {plain(name)} is in {listed}, but it is in {real}")
     return found
