@@ -24,15 +24,7 @@ from torch import Tensor, nn
 from minidit.scheduler import SchedulerConfig
 from weights.files import SCHEDULER, Tensors, weights_name
 from weights.keymap import Family, Recipe, write_out
-from weights.networks import (
-    CLASSES,
-    NETWORKS,
-    Model,
-    build,
-    family_of,
-    plan_of,
-    read_into,
-)
+from weights.networks import CLASSES, NETWORKS, Model, build, family_of, plan_of, read_into
 
 MAX_SHARD = 5 * 10**9  # bytes of a file, as of the official libraries' files
 
@@ -219,13 +211,11 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 def _config(kind: str, config: Any, cls: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """config.json: the one that there was, or one made from the sizes."""
     extras = NETWORKS[kind].extras
-    values = dict(given)
-    if not given:
-        values = {**asdict(config), **extras}
-        if kind == "vae":
-            levels = len(config.block_out_channels)
-            values["down_block_types"] = ["DownEncoderBlock2D"] * levels
-            values["up_block_types"] = ["UpDecoderBlock2D"] * levels
+    values = dict(given) or {**asdict(config), **extras}
+    if kind == "vae" and not given:
+        levels = len(config.block_out_channels)
+        values["down_block_types"] = ["DownEncoderBlock2D"] * levels
+        values["up_block_types"] = ["UpDecoderBlock2D"] * levels
     values.pop("two_queries", None)  # the tensors tell
     if kind == "clip":
         values["projection_dim"] = config.projection_dim
