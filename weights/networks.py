@@ -144,9 +144,8 @@ def build(part: Part, compare: bool = False) -> tuple[nn.Module, dict[str, Recip
     """
     network, config, stored = NETWORKS[part.kind], part.config, part.stored
     name = network.module.__name__
-    values = {f.name: getattr(config, f.name) for f in fields(config)}
-    numbers = [n for field, n in values.items() if "layers" in field and type(n) is int]
-    depth = math.prod(numbers) * len(values.get("block_out_channels", "1"))
+    numbers = [n for field, n in vars(config).items() if "layers" in field and type(n) is int]
+    depth = math.prod(numbers) * len(getattr(config, "block_out_channels", "1"))
     if depth > len(stored):  # before they are all built
         raise ValueError(
             f"{part.where}: the config makes {depth} layers, but the files have only "
@@ -159,13 +158,12 @@ def build(part: Part, compare: bool = False) -> tuple[nn.Module, dict[str, Recip
         raise ValueError(f"{part.where}: its sizes make no {name}: {reason(error)}") from None
     plan = plan_of(part.kind, part.layout, module, stored)
     _check(plan, stored, network, f"{part.where} does not fit {name}")
-    copies = [recipe for recipe in plan.values() if recipe.copy and compare]
-    different = next((recipe for recipe in copies if not _copied(recipe, stored)), None)
-    if different and part.kind == "nextdit":
-        return build(part._replace(config=replace(config, two_queries=True)))
-    if different:
-        names = " and ".join(different.names)
-        raise ValueError(f"{part.where}: {names} must be the same and are not")
+    for recipe in plan.values():
+        if compare and recipe.copy and not _copied(recipe, stored):
+            if part.kind == "nextdit":
+                return build(part._replace(config=replace(config, two_queries=True)))
+            names = " and ".join(recipe.names)
+            raise ValueError(f"{part.where}: {names} must be the same and are not")
     widest = max((t.dtype for t in stored.values()), key=lambda dtype: dtype.itemsize)
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         dtypes = {stored[n].dtype for n in plan[name].names}
