@@ -47,7 +47,7 @@ from weights.networks import (
     sized_part,
 )
 from weights.resolve import resolve
-from weights.tokenizers import FILES, MAIN_FILE, check_fits, read_tokenizer
+from weights.tokenizers import FILES, check_fits, main_file, read_tokenizer
 
 Place = str | PathLike[str]
 PREFIXES = (  # of the components in one file
@@ -311,9 +311,7 @@ def _look_in(folder: Path, model: Model, name: str) -> bool:
     if name == "scheduler":
         model.scheduler = read_scheduler(here, default_scheduler(model))
     elif name.startswith("tokenizer"):
-        main = MAIN_FILE.get(family.components.get(name, "") if family else "")
-        if not any((here / file).is_file() for file in ([main] if main else FILES)):
-            raise FileNotFoundError(f"there is no {main or ' or '.join(FILES)} in {here}")
+        main_file(here, family.components.get(name, "") if family else "")
         model.tokenizers[name] = here
     else:
         part = model.parts[name] = read_config(here, name)  # stays where the weights are missing
@@ -330,8 +328,7 @@ def _what_to_add(model: Model, name: str) -> str:
     if name in family.beside:
         what = f"{family.beside[name][0]} or {what}"
     if name.startswith("tokenizer"):
-        main = MAIN_FILE[family.components[name]]
-        what += f" with the small files {', '.join((main, *FILES[main]))}"
+        what += f" with the small files {', '.join(FILES[family.components[name]])}"
     return f"{what} beside {model.where.name}"
 
 

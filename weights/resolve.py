@@ -21,7 +21,7 @@ PACKAGED = ("mini-sd3", "mini-lumina")
 SMALL_FILES = (  # of any component
     "config.json",
     "scheduler_config.json",
-    *sorted({file for main, others in FILES.items() for file in (main, *others)}),
+    *sorted({file for files in FILES.values() for file in files}),
 )
 
 

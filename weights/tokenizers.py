@@ -12,15 +12,10 @@ from minidit.tokenizers import CLIPTokenizer, SentencePieceTokenizer
 from weights.files import read_bytes, read_json
 
 SMALL = ("tokenizer_config.json", "special_tokens_map.json")
-FILES = {  # the main file, which tells the kind -> what else is read
-    "vocab.json": ("merges.txt", *SMALL),
-    "spiece.model": SMALL,
-    "tokenizer.model": SMALL,
-}
-MAIN_FILE = {  # of the classes that model_index.json names
-    "CLIPTokenizer": "vocab.json",
-    "T5TokenizerFast": "spiece.model",
-    "GemmaTokenizerFast": "tokenizer.model",
+FILES = {  # a class as model_index.json names it -> its files; the first, which tells it, is needed
+    "CLIPTokenizer": ("vocab.json", "merges.txt", *SMALL),
+    "T5TokenizerFast": ("spiece.model", *SMALL),
+    "GemmaTokenizerFast": ("tokenizer.model", *SMALL),
 }
 T5 = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 T5_ENDS = {"add_bos_token": False, "add_eos_token": True, "padding_side": "right"}
@@ -44,9 +39,7 @@ def read_tokenizer(folder: Path) -> CLIPTokenizer | SentencePieceTokenizer:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no tokenizer folder {folder}")
-    main = next((folder / file for file in FILES if (folder / file).is_file()), None)
-    if main is None:
-        raise FileNotFoundError(f"there is no {' or '.join(FILES)} in {folder}")
+    main = main_file(folder)
     config = _config(folder)
     try:
         tokenizer = (_clip if main.suffix == ".json" else _sentencepiece)(main, config)
@@ -54,6 +47,15 @@ def read_tokenizer(folder: Path) -> CLIPTokenizer | SentencePieceTokenizer:
         raise ValueError(f"{folder}: {error}") from None
     tokenizer.folder = folder
     return tokenizer
+
+
+def main_file(folder: Path, cls: str = "") -> Path:
+    """The file that tells a folder's tokenizer, any or a class's; FileNotFoundError without it."""
+    names = [files[0] for name, files in FILES.items() if cls in (name, "")]
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"there is no {' or '.join(names)} in {folder}")
 
 
 def check_fits(tokenizer: CLIPTokenizer | SentencePieceTokenizer, encoder: Any) -> None:
