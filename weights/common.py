@@ -42,17 +42,14 @@ def vae(config: VAEConfig, names: Collection[str] = ()) -> Table:
         table[f"{half}.conv_in"] = f"{half}.conv_in"
         table[f"{half}.norm_out"] = (f"{half}.conv_norm_out", f"{half}.norm_out")
         table[f"{half}.conv_out"] = f"{half}.conv_out"
-    down, sai_down = "encoder.down_blocks.*.", "encoder.down.*."
-    resnet("encoder.down.*.resnets.*", down + "resnets.*", sai_down + "block.*")
-    table["encoder.down.*.downsample"] = (
-        down + "downsamplers.0.conv",
-        sai_down + "downsample.conv",
-    )
+    down, sai = "encoder.down_blocks.*.", "encoder.down.*."
+    resnet("encoder.down.*.resnets.*", down + "resnets.*", sai + "block.*")
+    table["encoder.down.*.downsample"] = (down + "downsamplers.0.conv", sai + "downsample.conv")
     levels = len(config.block_out_channels)
     for i in range(levels):
-        up, sai_up = f"decoder.up_blocks.{i}.", f"decoder.up.{levels - 1 - i}."
-        resnet(f"decoder.up.{i}.resnets.*", up + "resnets.*", sai_up + "block.*")
-        table[f"decoder.up.{i}.upsample"] = (up + "upsamplers.0.conv", sai_up + "upsample.conv")
+        up, sai = f"decoder.up_blocks.{i}.", f"decoder.up.{levels - 1 - i}."
+        resnet(f"decoder.up.{i}.resnets.*", up + "resnets.*", sai + "block.*")
+        table[f"decoder.up.{i}.upsample"] = (up + "upsamplers.0.conv", sai + "upsample.conv")
     return table
 
 

@@ -17,9 +17,9 @@ def mmdit(config: MMDiTConfig, names: Collection[str] = ()) -> Table:
     diffusers keeps q, k and v apart, and the two-chunk modulations (the last text stream's and the
     head's) as scale, shift where Stability AI has shift, scale.
     """
-    embed, block, last = "time_text_embed.", "transformer_blocks.*.", config.num_layers - 1
+    embed, block, last = "time_text_embed.", "transformer_blocks.*.", str(config.num_layers - 1)
     image, context = "joint_blocks.*.x_block.", "joint_blocks.*.context_block."
-    modulation = "context_block.adaLN_modulation.1"
+    norm1, modulation = block + "norm1_context.linear", context + "adaLN_modulation.1"
     return {
         "pos_embed": ("pos_embed.pos_embed", "pos_embed"),
         "patch_embed": ("pos_embed.proj", "x_embedder.proj"),
@@ -38,13 +38,10 @@ def mmdit(config: MMDiTConfig, names: Collection[str] = ()) -> Table:
         "blocks.*.image.mlp.fc1": (block + "ff.net.0.proj", image + "mlp.fc1"),
         "blocks.*.image.mlp.fc2": (block + "ff.net.2", image + "mlp.fc2"),
         f"blocks.{last}.context.modulation": (
-            swap(f"transformer_blocks.{last}.norm1_context.linear"),
-            f"joint_blocks.{last}.{modulation}",
+            swap(norm1.replace("*", last)),
+            modulation.replace("*", last),
         ),
-        "blocks.*.context.modulation": (
-            block + "norm1_context.linear",
-            "joint_blocks.*." + modulation,
-        ),
+        "blocks.*.context.modulation": (norm1, modulation),
         "blocks.*.context.attn.qkv": (block + "attn.add_?_proj", context + "attn.qkv"),
         "blocks.*.context.attn.?_norm": (block + "attn.norm_added_?", context + "attn.ln_?"),
         "blocks.*.context.attn.out": (block + "attn.to_add_out", context + "attn.proj"),
