@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from pathlib import Path
 
 from minidit.checks import short
 from minidit.nextdit import NextDiT, NextDiTConfig
@@ -55,23 +54,20 @@ def nextdit(config: NextDiTConfig, names: Collection[str] = ()) -> Table:
 
 
 def nextdit_sizes(stored: Tensors) -> tuple[str, NextDiTConfig]:
-    """Sizes from shapes; only the image size is in model_args.pth alone, if that is beside."""
+    """Sizes from shapes; the image size from model_args.pth, if that is beside; what neither tells
+    is the default, as in every published model."""
     width, patch_values = shape_of(stored, "x_embedder.weight", 2)
     heads = shape_of(stored, "layers.0.attention.gate", 1)[0]
     keys = shape_of(stored, "layers.0.attention.wk.weight", 2)[0]
     mlp = shape_of(stored, "layers.0.feed_forward.w1.weight", 2)[0]
-    patch = 2  # as in every published model
     return "original", NextDiTConfig(
         sample_size=image_size(stored["x_embedder.weight"]) // 8,
-        patch_size=patch,
-        in_channels=patch_values // patch**2,
+        in_channels=patch_values // NextDiTConfig.patch_size**2,
         hidden_size=width,
         num_layers=count(stored, "layers."),
         num_attention_heads=heads,
         num_kv_heads=max(1, keys * heads // width),
         multiple_of=multiple_of(mlp, int(8 * width / 3), width),  # 2/3 of 4 widths
-        ffn_dim_multiplier=None,
-        norm_eps=1e-5,
         learn_sigma=shape_of(stored, "final_layer.linear.weight", 2)[0] > patch_values,
         qk_norm="layers.0.attention.q_norm.weight" in stored,
         cross_attention_dim=shape_of(stored, "layers.0.attention.wk_y.weight", 2)[1],
@@ -80,7 +76,7 @@ def nextdit_sizes(stored: Tensors) -> tuple[str, NextDiTConfig]:
 
 def image_size(tensor: Stored) -> int:
     """Pixels a side of the training pictures, from model_args.pth beside a file of Lumina-T2X."""
-    args = Path(tensor.file).with_name("model_args.pth")
+    args = tensor.file.with_name("model_args.pth")
     size = read_namespace(args).get("image_size", 1024) if args.is_file() else 1024
     if type(size) is not int or not 8 <= size < 2**16:
         said = short(size) if type(size) in (int, float, str) else f"a {type(size).__name__}"

@@ -51,15 +51,14 @@ def lumina2(config: Lumina2Config, names: Collection[str] = ()) -> Table:
 def lumina2_sizes(stored: Tensors) -> tuple[str, Lumina2Config]:
     """Sizes from shapes; that patches are of 2 x 2, and the three axes of rotary positions equally
     wide, does not show."""
-    patch, attn = 2, "layers.0.attention."
+    attn = "layers.0.attention."
     width, patch_values = shape_of(stored, "x_embedder.weight", 2)
     head = shape_of(stored, attn + "q_norm.weight", 1)[0]
     inner = shape_of(stored, attn + "out.weight", 2)[1]
     fused = shape_of(stored, attn + "qkv.weight", 2)[0]
     mlp = shape_of(stored, "layers.0.feed_forward.w1.weight", 2)[0]
     return "original", Lumina2Config(
-        patch_size=patch,
-        in_channels=patch_values // patch**2,
+        in_channels=patch_values // Lumina2Config.patch_size**2,
         hidden_size=width,
         num_layers=count(stored, "layers."),
         num_refiner_layers=count(stored, "noise_refiner."),
