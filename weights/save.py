@@ -10,7 +10,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from functools import partial
 from os import PathLike
@@ -55,8 +55,7 @@ def save(pipe: Any, folder: str | PathLike[str], dtype: torch.dtype | None = Non
             raise ValueError(f"the files of {name} are not there: its folder is {part.folder}")
         else:
             tokenizers[name] = part.folder
-    listed = {*networks, *tokenizers}
-    _write_folder(Path(folder), family, networks, tokenizers, pipe.scheduler, listed)
+    _write_folder(Path(folder), family, networks, tokenizers, pipe.scheduler)
 
 
 def convert(
@@ -82,9 +81,8 @@ def convert(
             given=part.given,
             read=_reader(module, plan, part.stored),
         )
-    # what is needed and missing is listed, too, so that loading can say so
-    listed = {*parts, *model.tokenizers, *model.missing}
-    _write_folder(Path(out), family, networks, model.tokenizers, model.scheduler, listed, report)
+    tokenizers, missing = model.tokenizers, model.missing
+    _write_folder(Path(out), family, networks, tokenizers, model.scheduler, missing, report)
 
 
 def _write_folder(
@@ -93,14 +91,14 @@ def _write_folder(
     networks: Mapping[str, Callable[[Path], None]],
     tokenizers: Mapping[str, Path],
     scheduler: SchedulerConfig | None,
-    listed: set[str],
+    missing: Collection[str] = (),
     report: Callable[[str], None] = lambda line: None,
 ) -> None:
     """A whole folder, under its name when all of it is written.
 
     networks    component -> what writes it into a folder
     tokenizers  component -> a folder of files to copy
-    listed      components that model_index.json names
+    missing     components that model_index.json names, too, so that loading can say so
     """
     if out.exists():
         raise FileExistsError(f"{out} is there already: name a folder that is not")
@@ -124,7 +122,7 @@ def _write_folder(
             index: dict[str, Any] = {"_class_name": family.pipeline}
             for name, cls in family.components.items():
                 library = "diffusers" if name in ("transformer", "vae") else "transformers"
-                there = name in listed or name not in family.optional
+                there = name in {*networks, *tokenizers, *missing} or name not in family.optional
                 index[name] = [library, cls] if there else [None, None]
             index["scheduler"] = ["diffusers", SCHEDULER]
             write_json(folder / "model_index.json", index)
