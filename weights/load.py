@@ -93,8 +93,7 @@ def load_parts(
     loaded["scheduler"] = model.scheduler
     for name, folder in model.tokenizers.items():
         loaded[name] = read_tokenizer(folder)
-        encoder = model.parts.get(name.replace("tokenizer", "text_encoder"))
-        if encoder is not None:
+        if encoder := model.parts.get(name.replace("tokenizer", "text_encoder")):
             check_fits(loaded[name], encoder.config)
     for name, (module, plan) in built.items():
         loaded[name] = fill(module, plan, model.parts[name], device, dtype)
@@ -264,8 +263,7 @@ def _one_file(folder: Path) -> Path | None:
 
 def read_parts(path: Path) -> list[Part]:
     """The networks in a file, told by their tensors' names and shapes; ValueError for others."""
-    if path.suffix in FOREIGN:
-        what = FOREIGN[path.suffix]
+    if what := FOREIGN.get(path.suffix):
         raise ValueError(f"{path} is {what}: use the model's .safetensors file instead")
     stored = read_torch(path) if path.suffix in (".pth", ".pt") else read_header(path)
     shares: dict[str, dict[str, Any]] = {}
