@@ -5,7 +5,7 @@ keymap.py       how a key map is read in both directions
 sd3.py flux.py lumina.py lumina2.py
                 a family each: its transformer's key map and sizes, and what it consists of
 common.py       the same for the networks that families share: VAE, CLIP, T5, Gemma
-tokenizers.py   the files of tokenizers        config.py   a config dataclass from JSON
+tokenizers.py   the files of tokenizers
 networks.py     the tables of networks and families, and a network in files before it is loaded
 resolve.py      where a model is: local, packaged or on the hub
 load.py         what is there, in any published layout, and loading it
