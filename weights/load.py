@@ -9,7 +9,7 @@ found from names and headers, and all of it is checked before any data is read.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -345,9 +345,8 @@ def read_scheduler(folder: Path, fallback: SchedulerConfig) -> SchedulerConfig:
         if value != fixed and (value or fixed):
             allowed = repr(fixed) if fixed else "off"
             raise ValueError(f"{path}: {option} is {short(value)}, must be {allowed}")
-    config = config_from(SchedulerConfig, values, path)
-    ours = [f.name for f in fields(config) if f.name.startswith(OURS) and f.name not in values]
-    return replace(config, **{name: getattr(fallback, name) for name in ours})
+    ours = {name: value for name, value in vars(fallback).items() if name.startswith(OURS)}
+    return config_from(SchedulerConfig, ours | values, path)
 
 
 def default_scheduler(model: Model) -> SchedulerConfig:
