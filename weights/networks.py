@@ -204,7 +204,7 @@ def _check(plan: Mapping[str, Recipe], stored: Tensors, network: Network, what: 
         ],
     }
     said = [
-        f"{len(names)} tensors {fault} ({', '.join([*names[:10], *(['...'] * (len(names) > 10))])})"
+        f"{len(names)} tensors {fault} ({', '.join(names[:10] + ['...'] * (len(names) > 10))})"
         for fault, names in faults.items()
         if names
     ]
