@@ -58,9 +58,10 @@ class Edit(NamedTuple):
             found.append(torch.lerp(self.record.path[i], self.record.path[i + 1], weight))
         return found
 
-    def sigmas(self, steps: int) -> Tensor:
-        """The model's own levels of the corrected solver."""
-        return self.pipe.scheduler.sigmas(steps, "corrected", self.tokens.numel())
+    @property
+    def steps(self) -> int:
+        """Of the drawing."""
+        return len(self.record.levels) - 1
 
     @property
     def tokens(self) -> Tensor:
@@ -68,63 +69,58 @@ class Edit(NamedTuple):
         P = self.pipe.transformer.config.patch_size
         return F.max_pool2d(self.mask.float(), P)[:, 0] > 0
 
-    def run(self, sigmas: Tensor, config: object = None) -> tuple[Tensor, float]:
-        """Latents and evaluations of the edit."""
-        known = Known(self.path(sigmas), self.mask)
+    def run(
+        self, steps: int, config: object = None, crop: tuple[slice, ...] = (slice(None),)
+    ) -> tuple[Tensor, float]:
+        """Latents and evaluations of the edit, or of a crop (samples, channels, rows, columns) of
+        it, at the model's own levels of the corrected solver."""
+        sigmas = self.pipe.scheduler.sigmas(steps, "corrected", self.tokens.numel())
+        known = Known([latents[crop] for latents in self.path(sigmas)], self.mask[crop])
+        cond, uncond = (
+            {name: value[crop[0]] for name, value in each.items()}
+            for each in (self.cond, self.uncond)
+        )
         latents, trace = denoise(
-            self.pipe.transformer, known.put(self.noise, 0), sigmas, self.cond, self.uncond,
+            self.pipe.transformer, known.put(self.noise[crop], 0), sigmas, cond, uncond,
             self.pipe.scheduler.default_guidance, ras=config, correct=True, known=known,
         )  # fmt: skip
-        return latents, (len(sigmas) - 1) * (trace.share if trace else 1)
+        return latents, steps * (trace.share if trace else 1)
 
 
 def recorded(edit: Edit, ring: float) -> tuple[Tensor, float]:
     """Tokens under the mask and in a ring, with the keys and values of the drawing."""
-    return edit.run(edit.sigmas(steps_of(edit)), ras.Given(ring).at(edit.tokens, edit.record))
+    return edit.run(edit.steps, ras.Given(ring).at(edit.tokens, edit.record))
 
 
 def refreshed(edit: Edit, every: int) -> tuple[Tensor, float]:
     """The same with a ring of one token, and keys and values of every so many dense steps."""
-    return edit.run(edit.sigmas(steps_of(edit)), ras.Given(1, every).at(edit.tokens))
+    return edit.run(edit.steps, ras.Given(1, every).at(edit.tokens))
 
 
 def dense(edit: Edit, steps: int) -> tuple[Tensor, float]:
     """All tokens, in fewer steps."""
-    return edit.run(edit.sigmas(steps))
+    return edit.run(steps)
 
 
 def held(edit: Edit, every: int) -> tuple[Tensor, float]:
     """All tokens in every so many steps, and none in the others: a single one is as good."""
-    steps = steps_of(edit)
-    refresh = tuple(range(every, steps, every))
-    config = ras.RASConfig(ratio=1e-6, start=1, end=None, refresh=refresh)
-    return edit.run(edit.sigmas(steps), config)
+    refresh = tuple(range(every, edit.steps, every))
+    return edit.run(edit.steps, ras.RASConfig(ratio=1e-6, start=1, end=None, refresh=refresh))
 
 
 def cropped(edit: Edit, margin: int) -> tuple[Tensor, float]:
     """The mask's box and a margin drawn as a small picture, and pasted."""
-    sigmas, P = edit.sigmas(steps_of(edit)), edit.pipe.transformer.config.patch_size
-    latents, work = edit.record.path[-1].clone(), 0
+    P = edit.pipe.transformer.config.patch_size
+    latents, cost = edit.record.path[-1].clone(), 0.0
     for b, tokens in enumerate(edit.tokens):
         rows, columns = (tokens.any(dim=d).nonzero() for d in (1, 0))
         box = [
             slice(max(0, x.min() - margin) * P, (x.max() + 1 + margin) * P) for x in (rows, columns)
         ]
         crop = (slice(b, b + 1), slice(None), *box)
-        one = {name: value[b : b + 1] for name, value in edit.cond.items()}
-        none = {name: value[b : b + 1] for name, value in edit.uncond.items()}
-        known = Known([x[crop] for x in edit.path(sigmas)], edit.mask[crop])
-        latents[crop], _ = denoise(
-            edit.pipe.transformer, known.put(edit.noise[crop], 0), sigmas, one, none,
-            edit.pipe.scheduler.default_guidance, correct=True, known=known,
-        )  # fmt: skip
-        work += latents[crop][0, 0].numel() / latents[0, 0].numel()
-    return latents, (len(sigmas) - 1) * work / len(latents)
-
-
-def steps_of(edit: Edit) -> int:
-    """Steps of the drawing."""
-    return len(edit.record.levels) - 1
+        latents[crop], evaluations = edit.run(edit.steps, crop=crop)
+        cost += evaluations * latents[crop].numel() / latents.numel()
+    return latents, cost
 
 
 METHODS: dict[str, tuple[Callable[[Edit, int], tuple[Tensor, float]], tuple[int, ...]]] = {
