@@ -74,7 +74,7 @@ class Edit(NamedTuple):
     ) -> tuple[Tensor, float]:
         """Latents and evaluations of the edit, or of a crop (samples, channels, rows, columns) of
         it, at the model's own levels of the corrected solver."""
-        sigmas = self.pipe.scheduler.sigmas(steps, "corrected", self.tokens.numel())
+        sigmas = self.pipe.scheduler.sigmas(steps, "corrected", self.tokens[0].numel())
         known = Known([latents[crop] for latents in self.path(sigmas)], self.mask[crop])
         cond, uncond = (
             {name: value[crop[0]] for name, value in each.items()}
