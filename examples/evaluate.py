@@ -149,17 +149,15 @@ BOUNDS = [name for name in METHODS if "oracle" in name or "fresh" in name]  # da
 def draw(
     pipe, setting: Setting, prompts: list[str], seed: int, size: int | None, calibrate=None
 ) -> tuple[torch.Tensor, float]:
-    """Latents (B, C, h, w) of a setting, from the noise of the seed, and evaluations a picture."""
+    """A setting's latents (B, C, h, w) on the CPU, from the noise of the seed, and evaluations."""
     how, config = {"steps": setting.steps, "solver": setting.solver}, setting.ras
     if setting.rule is not None:
         drawing = rivals.Drawing(pipe, prompts, seed, **how, size=size, calibrate=calibrate)
         config = setting.rule(config, drawing)
     if setting.fresh:
         pipe = replace(pipe, transformer=rivals.FreshKeys(pipe.transformer))
-    out = pipe(
-        prompts, **how, ras=config, seed=seed, height=size, width=size, output="latent"
-    )  # fmt: skip
-    return out.latents, setting.steps * (out.trace.share if out.trace else 1)
+    out = pipe(prompts, **how, ras=config, seed=seed, height=size, width=size, output="latent")
+    return out.latents.cpu(), setting.steps * (out.trace.share if out.trace else 1)
 
 
 def reference(pipe, prompts: list[str], seed: int, args: argparse.Namespace) -> torch.Tensor:
@@ -170,7 +168,7 @@ def reference(pipe, prompts: list[str], seed: int, args: argparse.Namespace) -> 
     missing = [prompt for prompt in prompts if prompt not in kept]
     if missing:
         latents, _ = draw(pipe, Setting(args.ode_steps), missing, seed, args.size)
-        kept |= {prompt: x.cpu().clone() for prompt, x in zip(missing, latents, strict=True)}
+        kept |= {prompt: x.clone() for prompt, x in zip(missing, latents, strict=True)}
         save_file(kept, path.with_suffix(".part"))
         path.with_suffix(".part").replace(path)
     return torch.stack([kept[prompt] for prompt in prompts])
@@ -178,7 +176,7 @@ def reference(pipe, prompts: list[str], seed: int, args: argparse.Namespace) -> 
 
 def snr(latents: torch.Tensor, exact: torch.Tensor) -> list[float]:
     """Decibels of every sample, at most 99."""
-    signal, error = (x.square().flatten(1).mean(dim=1) for x in (exact, latents.cpu() - exact))
+    signal, error = (x.square().flatten(1).mean(dim=1) for x in (exact, latents - exact))
     return (10 * torch.log10(signal / error).clamp_max(9.9)).tolist()
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 import minidit
 import ras
-from evaluate import PROMPTS, curves, read, table
+from evaluate import PROMPTS, curves, read, snr, table
 from minidit import denoise
 from minidit.flow import Known
 from minidit.pipeline import draw_noise
@@ -158,14 +158,6 @@ def boxes(prompts: list[str], seed: int, area: int, side: int) -> Tensor:
     return mask
 
 
-def snr(latents: Tensor, reference: Tensor, mask: Tensor) -> list[float]:
-    """Decibels under the mask, of every edit, at most 99."""
-    signal, error = (
-        (x * mask).square().flatten(1).sum(dim=1) for x in (reference, latents - reference)
-    )
-    return (10 * torch.log10(signal / error).clamp_max(9.9)).tolist()
-
-
 def measure(pipe, args: argparse.Namespace, prompts: list[str], seed: int, done, file) -> None:
     """Add a row for every area, method, cost and prompt of a seed that is not there yet."""
 
@@ -191,9 +183,10 @@ def measure(pipe, args: argparse.Namespace, prompts: list[str], seed: int, done,
         edit = Edit(pipe, record, noise, cond, uncond, mask)
         exact, _ = dense(edit, args.steps)
         for _, name, index in [x for x in todo if x[0] == area]:
-            method, values = METHODS[name]
-            latents, cost = method(edit, values[index])
-            for key, value in zip(keys(area, name, index), snr(latents, exact, mask), strict=True):
+            method, settings = METHODS[name]
+            latents, cost = method(edit, settings[index])
+            values = snr(latents * mask, exact * mask)
+            for key, value in zip(keys(area, name, index), values, strict=True):
                 print(json.dumps({"key": key, "evaluations": cost, "snr": value}), file=file)
         file.flush()
         print(f"seed {seed}: {area} % of {n} pictures", file=sys.stderr)
