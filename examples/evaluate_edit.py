@@ -202,70 +202,66 @@ def main() -> None:
     with (args.out / "rows.jsonl").open("a", encoding="utf-8") as file:
         file.write("\n" if file.tell() else "")  # after a line that was cut off
         for seed in range(args.seeds):
-            for start in range(0, args.prompts, args.batch):
-                prompts = list(PROMPTS[start : min(args.prompts, start + args.batch)])
-                measure(pipe, args, prompts, seed, done, file)
-    panels = {}
+            for start in range(0, len(args.prompts), args.batch):
+                some = args.prompts[start : start + args.batch]
+                measure(pipe, args, some, seed, done, file)
+    panels, done = {}, read(args.out)
     for kind in KINDS:
         for area in args.areas:
             rows = [
-                row for key, row in read(args.out).items()
+                row for key, row in done.items()
                 if key[:2] == (args.model, args.steps) and key[6] == area
-                and KINDS[key[5] % 2] == kind and key[5] < args.seeds
-                and key[4] in PROMPTS[: args.prompts]
+                and KINDS[key[5] % 2] == kind and key[5] < args.seeds and key[4] in args.prompts
             ]  # fmt: skip
             panels[f"{area} %, {kind}"] = found = curves(rows, args.methods)
             print(f"\n{args.model}, {args.steps} steps, {area} % of the picture, {kind}\n")
             print(table(found).replace("to the ODE", "to the dense edit"))
     if args.plot is not None:
-        plot(panels, args, args.plot)
+        plot(panels, args)
     if args.sheet is not None:
         save(pictures(pipe, args), args.sheet)
 
 
 def pictures(pipe, args: argparse.Namespace) -> Image.Image:
     """Rows of edits of an eighth of the picture: before, mask, after, and the dense edit."""
-    rows, scale = [], pipe.vae.config.downscale
+    rows, prompts = [], args.prompts[:3]
     for seed, kind in enumerate(KINDS):
-        prompts = list(PROMPTS[: min(3, args.prompts)])
         out, asked = drawn(pipe, prompts, seed, args.steps)
-        tall = boxes(prompts, seed, 12, out.latents.shape[-1]).repeat_interleave(scale, dim=2)
-        masks = [Image.fromarray(m[0].numpy()) for m in tall.repeat_interleave(scale, dim=3)]
-        edits = [
+        boxed = boxes(prompts, seed, 12, out.latents.shape[-1])
+        masks = [Image.fromarray(m[0].numpy()).resize(out.images[0].size) for m in boxed]
+        edits, exact = (
             pipe.edit(out, masks, asked, seed=seed + 10_000, **how).images
             for how in ({}, {"ras": None})
-        ]
+        )
         for i, prompt in enumerate(prompts):
-            row = (out.images[i], masks[i].convert("RGB"), edits[0][i], edits[1][i])
-            texts = (prompt, kind, asked[i], "the same, every token computed")
-            rows.append([labelled(*pair) for pair in zip(row, texts, strict=True)])
+            rows.append([
+                labelled(out.images[i], prompt),
+                labelled(masks[i].convert("RGB"), kind),
+                labelled(edits[i], asked[i]),
+                labelled(exact[i], "the same, every token computed"),
+            ])  # fmt: skip
     return sheet(rows)
 
 
-def plot_curves(axes, found: dict[str, list[tuple[float, float, float, int]]]) -> None:
-    """Nearness against evaluations, one line a method."""
-    for i, (name, points) in enumerate(found.items()):
-        cost, value, half, _ = zip(*points, strict=True)
-        style = {"color": f"C{i}", "marker": "o", "markersize": 4, "capsize": 2, "label": name}
-        axes.errorbar(cost, value, half, **style)
-    axes.grid(alpha=0.3)
-
-
-def plot(panels: dict[str, dict], args: argparse.Namespace, path: Path) -> None:
-    """A panel for every kind of edit and area."""
+def plot(panels: dict[str, dict], args: argparse.Namespace) -> None:
+    """A panel for every kind of edit and area: nearness against evaluations, a line a method."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.2 * len(args.areas), 7), layout="constrained")
     axes = figure.subplots(len(KINDS), len(args.areas), sharex=True, sharey="row", squeeze=False)
     for panel, (title, found) in zip(axes.flat, panels.items(), strict=True):
-        plot_curves(panel, found)
+        for i, (name, points) in enumerate(found.items()):
+            cost, value, half, _ = zip(*points, strict=True)
+            style = {"color": f"C{i}", "marker": "o", "markersize": 4, "capsize": 2, "label": name}
+            panel.errorbar(cost, value, half, **style)
+        panel.grid(alpha=0.3)
         panel.set_title(title)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle(args.model)
     for panel in axes[-1]:
         panel.set_xlabel("network evaluations")
     figure.supylabel("nearness to the dense edit under the mask, dB")
-    figure.savefig(path, dpi=100)
+    figure.savefig(args.plot, dpi=100)
 
 
 def parse_args() -> argparse.Namespace:
@@ -285,6 +281,7 @@ def parse_args() -> argparse.Namespace:
     cli.at_least(parser, args, prompts=1, seeds=1, steps=1, batch=1)
     check_plot(args.plot)
     check_outputs(args.sheet)
+    args.prompts = list(PROMPTS[: args.prompts])
     return args
 
 
