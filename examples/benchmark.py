@@ -15,7 +15,6 @@ from __future__ import annotations
 import cli  # isort: skip
 
 import argparse
-import time
 from statistics import median
 
 import torch
@@ -193,11 +192,9 @@ class Step:
     def run(self, ratio: float) -> float:
         """Seconds of one step, dense with filling the cache or regional."""
         active = self.active(ratio)
-        self.synchronize()
-        begin = time.perf_counter()
+        begin = cli.now(self.device)
         self.model(self.latents, self.sigma, **self.cond, active=active, cache=self.cache)
-        self.synchronize()
-        return time.perf_counter() - begin
+        return cli.now(self.device) - begin
 
     def draw(self, steps: int, solver: str, config: RASConfig | None) -> tuple[float, float]:
         """Evaluations and seconds of a whole run; an even batch is half negative prompts."""
@@ -209,18 +206,13 @@ class Step:
             )
             count //= 2
         sigmas = SchedulerConfig(shift=3.0).sigmas(steps, solver, self.tokens)
-        self.synchronize()
-        begin = time.perf_counter()
+        begin = cli.now(self.device)
         _, trace = denoise(
             self.model, self.latents[:count], sigmas, cond, uncond, 7.0 if uncond else 1.0,
             ras=config, correct=solver == "corrected",
         )  # fmt: skip
-        self.synchronize()
-        return steps * (trace.share if trace else 1), time.perf_counter() - begin
-
-    def synchronize(self) -> None:
-        if self.device.type not in ("cpu", "meta"):
-            getattr(torch, self.device.type).synchronize()
+        seconds = cli.now(self.device) - begin
+        return steps * (trace.share if trace else 1), seconds
 
 
 def count_flops(args: argparse.Namespace, ratio: float) -> int:

@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import argparse
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from opcode import opname
@@ -91,6 +92,13 @@ def set_threads(threads: int | None, transformer: torch.nn.Module) -> None:
         threads = 1
     if threads is not None:
         torch.set_num_threads(threads)
+
+
+def now(device: torch.device) -> float:
+    """Seconds on a clock, read when the device has done all that it was given."""
+    if device.type != "meta":
+        torch.zeros((), device=device).item()  # a number comes back after all that was before it
+    return time.perf_counter()
 
 
 def share() -> tuple[int, int]:

@@ -15,8 +15,8 @@ import cli  # isort: skip
 
 import argparse
 import sys
-import time
 from pathlib import Path
+from statistics import mean
 
 import torch
 from PIL import Image
@@ -68,7 +68,7 @@ def draw(
         guidance=args.guidance, seed=args.seed, num_images=args.n, ras=config,
         solver=args.solver, callback=clock, progress=True, strength=args.strength, **pictures,
     )  # fmt: skip
-    seconds = time.perf_counter() - clock.begin
+    seconds = cli.now(pipe.device) - clock.begin
     defaults = pipe.scheduler
     about = {
         "prompt": prompt,
@@ -170,15 +170,13 @@ class StepClock:
     """A callback that notes how long each step took, dense or regional."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.steps = device.type, 0
+        self.device, self.steps = device, 0
         self.dense: list[float] = []
         self.regional: list[float] = []
-        self.begin = self.last = time.perf_counter()
+        self.begin = self.last = cli.now(device)
 
     def __call__(self, step, sigma, latents, velocity, active) -> None:
-        if self.device != "cpu":
-            getattr(torch, self.device).synchronize()
-        now = time.perf_counter()
+        now = cli.now(self.device)
         if step > 0:  # the first one includes encoding the prompt
             (self.dense if active is None else self.regional).append(now - self.last)
         self.last, self.steps = now, step + 1
@@ -194,9 +192,8 @@ def cost_line(trace: ras.Trace | None, clock: StepClock, seconds: float) -> str:
     line = f"cost: {trace.token_steps:,} of {full:,} token-steps ({trace.share:.0%} of dense)"
     line += f", {seconds:.1f} s in all"
     if clock.dense:
-        dense = sum(clock.dense) / len(clock.dense)
-        regional = sum(clock.regional) / len(clock.regional)
-        line += f"; a regional step took {regional / dense:.0%} of a dense one"
+        share = mean(clock.regional) / mean(clock.dense)
+        line += f"; a regional step took {share:.0%} of a dense one"
     return line
 
 
