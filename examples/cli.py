@@ -171,10 +171,8 @@ def sentence_of(error: Exception) -> str | None:
     if out_of_memory(error):
         reason = (str(error).strip().splitlines() or [""])[0]
         return f"there is not enough memory: {reason or 'try a smaller picture, dtype or model'}"
-    if isinstance(error, KeyError) and refused(error):
-        return str(error.args[0])
     if isinstance(error, OSError) or refused(error):
-        return str(error)
+        return str(error.args[0] if isinstance(error, KeyError) else error)
     return None
 
 
