@@ -7,6 +7,7 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
@@ -16,12 +17,10 @@ import ras
 
 def heat_image(heat: torch.Tensor, size: tuple[int, int]) -> Image.Image:
     """(rows, columns) in [0, 1] as colours: dark blue never, violet, orange, yellow always."""
-    stops = torch.tensor([[13, 8, 80], [126, 3, 168], [224, 100, 98], [240, 249, 33]]).float()
-    x = heat.clamp(0, 1) * (len(stops) - 1)
-    low = x.floor().long().clamp(max=len(stops) - 2)
-    part = (x - low)[..., None]
-    colours = stops[low] * (1 - part) + stops[low + 1] * part  # (rows, columns, 3)
-    image = Image.fromarray(colours.round().to(torch.uint8).numpy())
+    stops = np.array([[13, 8, 80], [126, 3, 168], [224, 100, 98], [240, 249, 33]])
+    places = np.linspace(0, 1, len(stops))
+    colours = [np.interp(heat, places, channel) for channel in stops.T]  # (rows, columns) each
+    image = Image.fromarray(np.stack(colours, axis=2).round().astype(np.uint8))
     return image.resize(size, Image.Resampling.NEAREST)
 
 
