@@ -38,37 +38,37 @@ def main() -> None:
     solver = args.solver or pipe.scheduler.default_solver
     steps = args.steps or pipe.scheduler.steps(solver)
 
-    def draw(steps: int, config: ras.RASConfig | ras.Upstream | None):
+    def draw(steps: int, config: ras.RASConfig | ras.Upstream | None = None):
         begin = time.perf_counter()
         out = pipe(
             args.prompt, steps=steps, seed=args.seed, ras=config, solver=solver, progress=True
         )
         return out, time.perf_counter() - begin
 
-    dense, seconds = draw(steps, None)
+    def cell(title: str, share: float, out: minidit.Output, seconds: float) -> Image.Image:
+        distance = psnr(out.images[0], reference)
+        return labelled(out.images[0], f"{title}\n{share:.0%}, {seconds:.1f} s, {distance:.1f} dB")
+
+    dense, seconds = draw(steps)
     reference = dense.images[0]
     rows = [[labelled(reference, f"dense, {steps} steps\n100 %, {seconds:.1f} s")]]
     for ratio, config in zip(args.ratios, configs, strict=True):
         out, seconds = draw(steps, config)
         fewer = max(1, round(out.trace.share * steps))
-        plain, plain_seconds = draw(fewer, None)
-        texts = [
-            f"RAS, {ratio:.0%} active, {steps} steps\n"
-            f"{out.trace.share:.0%}, {seconds:.1f} s, {psnr(out.images[0], reference):.1f} dB",
-            "how often active\nblue never, yellow always",
-            f"dense, {fewer} steps\n{fewer / steps:.0%}, {plain_seconds:.1f} s, "
-            f"{psnr(plain.images[0], reference):.1f} dB",
-        ]
         heat = heat_image(out.trace.heat(), reference.size)
-        images = (out.images[0], heat, plain.images[0])
-        rows.append([labelled(image, text) for image, text in zip(images, texts, strict=True)])
+        rows.append([
+            cell(f"RAS, {ratio:.0%} active, {steps} steps", out.trace.share, out, seconds),
+            labelled(heat, "how often active\nblue never, yellow always"),
+            cell(f"dense, {fewer} steps", fewer / steps, *draw(fewer)),
+        ])  # fmt: skip
     save(sheet(rows), args.out)
     print(f"wrote {args.out}")
     if args.steps_map:
         save(steps_figure(out), args.steps_map)
         print(f"wrote {args.steps_map}")
     if args.gif:
-        frames = [side_by_side(out, t) for t in range(steps)]
+        image = out.images[0]
+        frames = [sheet([[image, step_map(out.trace, t, image.size)]]) for t in range(steps)]
         save(frames[0], args.gif, save_all=True, append_images=frames[1:], duration=150, loop=0)
         print(f"wrote {args.gif}")
 
@@ -98,20 +98,14 @@ def psnr(image: Image.Image, reference: Image.Image) -> float:
     return 10 * math.log10(255**2 / mse) if mse else math.inf
 
 
-def steps_figure(out: minidit.Output, columns: int = 7, side: int = 96) -> Image.Image:
-    """The active tokens of every step, and the picture at the end."""
-    trace, width = out.trace, side * out.images[0].width // out.images[0].height
+def steps_figure(out: minidit.Output) -> Image.Image:
+    """The active tokens of every step, seven in a row."""
+    size = (96 * out.images[0].width // out.images[0].height, 96)
     cells = [
-        labelled(step_map(trace, t, (width, side)), f"{t}: {'regional' if s.regional else 'dense'}")
-        for t, s in enumerate(trace.steps)
+        labelled(step_map(out.trace, t, size), f"{t}: {'regional' if s.regional else 'dense'}")
+        for t, s in enumerate(out.trace.steps)
     ]
-    return sheet([cells[i : i + columns] for i in range(0, len(cells), columns)])
-
-
-def side_by_side(out: minidit.Output, step: int) -> Image.Image:
-    """One frame of the animation: the final picture beside the tokens that the step computed."""
-    image = out.images[0]
-    return sheet([[image, step_map(out.trace, step, image.size)]])
+    return sheet([cells[i : i + 7] for i in range(0, len(cells), 7)])
 
 
 if __name__ == "__main__":

@@ -24,11 +24,6 @@ def heat_image(heat: torch.Tensor, size: tuple[int, int]) -> Image.Image:
     return image.resize(size, Image.Resampling.NEAREST)
 
 
-def active_map(image: Image.Image, trace: ras.Trace) -> Image.Image:
-    """A picture beside the heat map of how often each of its regions was computed."""
-    return sheet([[image, heat_image(trace.heat(), image.size)]])
-
-
 def step_map(trace: ras.Trace, step: int, size: tuple[int, int]) -> Image.Image:
     """The tokens that one step computed, yellow, and the stale ones, dark blue."""
     return heat_image(trace.active[step][0].view(trace.grid).float().cpu(), size)

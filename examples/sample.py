@@ -24,7 +24,7 @@ from PIL import Image
 import minidit
 import ras
 from minidit.scheduler import SOLVERS
-from pictures import active_map, check_outputs, save
+from pictures import check_outputs, heat_image, save, sheet
 
 PROMPT = "a red apple on a sky blue background"
 FEW_STEPS = 12  # a model that asks for fewer has none to spare for stale tokens
@@ -86,7 +86,8 @@ def draw(
         save(image, path, about | {"picture": i})
         print(f"wrote {path} ({image.width}x{image.height}, seed {out.seed}, picture {i})")
     if args.active_map:
-        save(active_map(out.images[0], out.trace), args.active_map)
+        heat = heat_image(out.trace.heat(), out.images[0].size)
+        save(sheet([[out.images[0], heat]]), args.active_map)
         print(f"wrote {args.active_map}: share of the regional steps that computed each region")
     print(cost_line(out.trace, clock, seconds))
 
