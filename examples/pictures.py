@@ -32,13 +32,11 @@ def step_map(trace: ras.Trace, step: int, size: tuple[int, int]) -> Image.Image:
 def labelled(image: Image.Image, text: str) -> Image.Image:
     """The picture with lines of text below it."""
     font = ImageFont.load_default(size=max(10, image.width // 20))
-    lines = text.split("\n")
-    line_height = round(font.size * 1.35)
-    canvas = Image.new("RGB", (image.width, image.height + line_height * len(lines) + 4), "white")
-    canvas.paste(image, (0, 0))
-    draw = ImageDraw.Draw(canvas)
-    for i, line in enumerate(lines):
-        draw.text((2, image.height + 2 + i * line_height), line, fill="black", font=font)
+    place = (2, image.height + 2)
+    bottom = ImageDraw.Draw(image).textbbox(place, text, font)[3]
+    canvas = Image.new("RGB", (image.width, round(bottom) + 4), "white")
+    canvas.paste(image)
+    ImageDraw.Draw(canvas).text(place, text, "black", font)
     return canvas
 
 
