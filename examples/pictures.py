@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Collection, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -40,16 +41,15 @@ def labelled(image: Image.Image, text: str) -> Image.Image:
     return canvas
 
 
-def sheet(rows: Sequence[Sequence[Image.Image]], gap: int = 4) -> Image.Image:
-    """Pictures in rows, columns as wide as their widest picture."""
-    columns = max(len(row) for row in rows)
-    widths = [max(row[c].width for row in rows if c < len(row)) for c in range(columns)]
-    heights = [max(image.height for image in row) for row in rows]
-    total = (sum(widths) + gap * (columns - 1), sum(heights) + gap * (len(rows) - 1))
-    canvas = Image.new("RGB", total, "white")
+def sheet(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    """Pictures in rows, columns as wide as their widest picture, with a gap between them."""
+    gap = 4
+    widths = [max(image.width for image in column if image) + gap for column in zip_longest(*rows)]
+    heights = [max(image.height for image in row) + gap for row in rows]
+    canvas = Image.new("RGB", (sum(widths) - gap, sum(heights) - gap), "white")
     for r, row in enumerate(rows):
         for c, image in enumerate(row):
-            canvas.paste(image, (sum(widths[:c]) + gap * c, sum(heights[:r]) + gap * r))
+            canvas.paste(image, (sum(widths[:c]), sum(heights[:r])))
     return canvas
 
 
