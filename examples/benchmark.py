@@ -65,8 +65,7 @@ def main() -> None:
     torch.manual_seed(0)
     device = cli.device_of(args)
     dtype = cli.dtype_of(args, device)
-    model = build(args.family, args.layers, device, dtype)
-    step = Step(model, args, device, dtype)
+    step = Step(args, device, dtype)
     print(
         f"{args.family}, {args.layers} layers, {args.size} px, batch {args.batch}, {dtype}, "
         f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
@@ -154,11 +153,12 @@ def build(family: str, layers: int, device: torch.device, dtype: torch.dtype) ->
 
 
 class Step:
-    """Inputs and cache of one model, and the step that is timed."""
+    """A model, its inputs and cache, and the step that is timed."""
 
-    def __init__(self, model, args, device, dtype) -> None:
-        config, side, B = model.config, args.size // 8, args.batch
-        self.model, self.device, self.cache = model, device, KVCache()
+    def __init__(self, args, device: torch.device, dtype: torch.dtype) -> None:
+        self.model = build(args.family, args.layers, device, dtype)
+        config, side, B = self.model.config, args.size // 8, args.batch
+        self.device, self.cache = device, KVCache()
         self.tokens = (side // config.patch_size) ** 2
         make = {"device": device, "dtype": dtype}
         channels = getattr(config, "latent_channels", config.in_channels)
@@ -177,8 +177,8 @@ class Step:
             if args.family == "flux":
                 self.texts["guidance"] = 3.5
         self.cond = self.texts
-        if hasattr(model, "prepare"):  # once a run, not once a step
-            self.cond = model.prepare(**self.texts)
+        if hasattr(self.model, "prepare"):  # once a run, not once a step
+            self.cond = self.model.prepare(**self.texts)
 
     def active(self, ratio: float) -> torch.Tensor | None:
         """A random set of active tokens, the same for every sample; None for all."""
@@ -217,8 +217,7 @@ class Step:
 
 def count_flops(args: argparse.Namespace, ratio: float) -> int:
     """FLOPs of a step's matrix products, from their shapes: run on the meta device."""
-    meta = torch.device("meta")
-    step = Step(build(args.family, args.layers, meta, torch.float32), args, meta, torch.float32)
+    step = Step(args, torch.device("meta"), torch.float32)
     step.run(1.0)
     with FlopCounterMode(display=False) as counter:
         step.run(ratio)
