@@ -15,7 +15,6 @@ import cli  # isort: skip
 
 import argparse
 import copy
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -54,25 +53,21 @@ def main() -> None:
 def random_network(family: str) -> tuple[nn.Module, list[dict[str, Tensor]]]:
     """The embedded model's network with random weights; its conditioning for and against."""
     torch.manual_seed(0)
-    make = models.sd3_networks if family == "sd3" else models.lumina_networks
-    network = make(*[600] * (2 if family == "sd3" else 1))[0].eval().requires_grad_(False)
+    sd3 = family == "sd3"
+    networks = models.sd3_networks(600, 600) if sd3 else models.lumina_networks(600)
+    network = networks[0].eval().requires_grad_(False)
     for weight in network.parameters():
         weight.add_(0.02 * torch.randn_like(weight))  # gates that start as zero open
-    return network, list(conditionings(family, network.config))
+    config = network.config
 
+    def conditioning() -> dict[str, Tensor]:
+        if sd3:
+            context = torch.randn(2, 64, config.joint_attention_dim)
+            return {"context": context, "pooled": torch.randn(2, config.pooled_projection_dim)}
+        context = torch.randn(2, 24, config.cross_attention_dim)
+        return {"context": context, "context_mask": torch.arange(24).expand(2, 24) < 17}
 
-def conditionings(family: str, config) -> Iterator[dict[str, Tensor]]:
-    for _ in range(2):
-        if family == "sd3":
-            yield {
-                "context": torch.randn(2, 64, config.joint_attention_dim),
-                "pooled": torch.randn(2, config.pooled_projection_dim),
-            }
-        else:
-            mask = torch.arange(24).expand(2, 24) < 17
-            yield {
-                "context": torch.randn(2, 24, config.cross_attention_dim), "context_mask": mask,
-            }  # fmt: skip
+    return network, [conditioning(), conditioning()]
 
 
 def draw(network: nn.Module, inputs: list[dict[str, Tensor]], ras: RASConfig | None) -> Tensor:
