@@ -90,18 +90,15 @@ def main() -> None:
     if args.command == "vae":
         train_vae(args.run, args.packages, plan, **given)
     elif args.command == "scenes":
-        latents.check_sizes(turned(args.sizes))
-        vae = models.load_vae(args.run).to(device)
-        sprites = Sprites(args.packages)
-        sizes = turned(args.sizes)
-        latents.prepare(args.run / "data", vae, sprites, sizes, args.count, args.workers)
+        vae, sprites = models.load_vae(args.run).to(device), Sprites(args.packages)
+        latents.prepare(args.run / "data", vae, sprites, args.sizes, args.count, args.workers)
     elif args.command == "classifier":
         train_classifier(args.run, args.packages, plan, **given)
     elif args.command == "text":
-        train_text(args.family, args.run, args.packages, plan, *turned([args.size]), **given)
+        train_text(args.family, args.run, args.packages, plan, args.size, **given)
     elif args.command == "train":
         train(
-            args.family, args.run, args.packages, plan, turned(args.sizes), args.renew,
+            args.family, args.run, args.packages, plan, args.sizes, args.renew,
             sheet_minutes=args.sheet_minutes, compiled=args.compile,
             prompts=PROMPTS if args.sheet_minutes else (), **given,
         )  # fmt: skip
@@ -109,10 +106,9 @@ def main() -> None:
         values = {field.name: getattr(args, field.name) for field in fields(SchedulerConfig)}
         models.export(args.family, args.run, args.out, SchedulerConfig(**values))
     elif args.command == "psnr":
-        latents.check_sizes(turned(args.sizes))
         vae, sprites = models.load_vae(args.run).to(device), Sprites(args.packages)
         cases = held_out_cases(sprites.names, args.count, seed=1)
-        for height, width in turned(args.sizes):
+        for height, width in args.sizes:
             pictures = [draw(case.scene, sprites, height, width) for case in cases]
             print(f"{width}x{height}: {vae_psnr(vae, pictures):.1f} dB of {args.count} scenes")
     elif args.command == "sheet":
@@ -121,19 +117,20 @@ def main() -> None:
         print(f"wrote {args.out}")
     else:
         ras = RASConfig.preset(args.ras_preset) if args.ras_preset else None
-        options = {name: getattr(args, name) for name in ("steps", "guidance", "solver")}
-        classifier = args.run / "classifier.pt"
-        where = (args.model, classifier, args.packages, device)
-        values = measure(*where, args.count, ras=ras, **options)
+        values = measure(
+            args.model, args.run / "classifier.pt", args.packages, device, args.count, ras=ras,
+            steps=args.steps, guidance=args.guidance, solver=args.solver,
+        )  # fmt: skip
         print(f"{'':12s} {'drawn':>8s} {'real':>8s}")
         for name in values["real"]:
             both = (values[kind].get(name) for kind in ("drawn", "real"))
             print(f"{name:12s}", *("       -" if x is None else f"{x:8.3f}" for x in both))
 
 
-def turned(sizes: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Height before width, as latents have it."""
-    return [(height, width) for width, height in sizes]
+def sides(text: str) -> tuple[int, int]:
+    """Height and width, as latents have them, of 256 or WIDTHxHEIGHT."""
+    width, height = size(text)
+    return height, width
 
 
 def parse() -> argparse.Namespace:
@@ -163,13 +160,13 @@ def parse() -> argparse.Namespace:
 
     command("vae", "train the autoencoder")
     sub = command("scenes", "compose and encode scenes ahead")
-    sub.add_argument("--sizes", type=size, nargs="+", required=True, help="as 256, or WIDTHxHEIGHT")
+    sub.add_argument("--sizes", type=sides, nargs="+", required=True, help="256 or WIDTHxHEIGHT")
     sub.add_argument("--count", type=int, default=8000, help="scenes of each size")
     command("classifier", "train the classifier that measure asks")
     sub = command("text", "train the tokenizers and teach the text encoders", family=True)
-    sub.add_argument("--size", type=size, default=(128, 128))
+    sub.add_argument("--size", type=sides, default=(128, 128))
     sub = command("train", "train the transformer", family=True)
-    sub.add_argument("--sizes", type=size, nargs="+", required=True, help="as 256, or WIDTHxHEIGHT")
+    sub.add_argument("--sizes", type=sides, nargs="+", required=True, help="256 or WIDTHxHEIGHT")
     sub.add_argument("--renew", type=int, default=2, help="scenes that are new, each step")
     sub.add_argument("--sheet-minutes", type=float, default=30, help="0: no sheets")
     sub.add_argument("--compile", action="store_true", help="the blocks, with torch.compile")
@@ -187,7 +184,7 @@ def parse() -> argparse.Namespace:
     for key, kind in (("steps", int), ("guidance", float), ("solver", str)):
         sub.add_argument(f"--{key}", type=kind, help="default: what the model asks for")
     sub = command("psnr", "print how near decoded scenes are to those that were encoded")
-    sub.add_argument("--sizes", type=size, nargs="+", default=[(256, 256), (384, 384)])
+    sub.add_argument("--sizes", type=sides, nargs="+", default=[(256, 256), (384, 384)])
     sub.add_argument("--count", type=int, default=100, help="held-out scenes")
     sub = command("sheet", "draw the fixed prompts with a model, all with seed 0")
     sub.add_argument("--model", type=Path, required=True)
@@ -195,6 +192,7 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if getattr(args, "cooldown", 0) is None:
         args.cooldown = args.steps // 2
+    latents.check_sizes(getattr(args, "sizes", ()))
     at_least(parser, args, steps=1, batch=1, warmup=1, cooldown=0, count=1, renew=0, workers=0)
     return args
 
