@@ -21,6 +21,7 @@ import json
 import math
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -217,27 +218,26 @@ def read(folder: Path) -> dict[tuple, dict]:
     return done
 
 
-def curves(
-    rows: list[dict], methods: Iterable[str] = METHODS
-) -> dict[str, list[tuple[float, float, float, int]]]:
-    """For every method, in this order, its (evaluations, mean SNR, half the 95 % interval,
-    pictures), by cost."""
-    groups: dict[str, dict[int, list[dict]]] = {}
+# (evaluations, mean SNR, half the 95 % interval, pictures) of every method, by cost
+Curves = dict[str, list[tuple[float, float, float, int]]]
+
+
+def curves(rows: list[dict], methods: Iterable[str] = METHODS) -> Curves:
+    """The curves of these methods, in this order, where there are rows of them."""
+    groups = defaultdict(list)
     for row in rows:
-        groups.setdefault(row["key"][2], {}).setdefault(row["key"][3], []).append(row)
-    found = {}
-    for name in filter(groups.__contains__, methods):
-        points = []
-        for some in groups[name].values():
-            values = sorted(row["snr"] for row in some)  # the same sum in any order of processes
-            half = 1.96 * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-            cost = mean(sorted(row["evaluations"] for row in some))
-            points.append((cost, mean(values), half, len(values)))
-        found[name] = sorted(points)
-    return found
+        _, _, name, index, *_ = row["key"]
+        groups[name, index].append(row)
+    found = defaultdict(list)
+    for (name, _), some in groups.items():
+        values = sorted(row["snr"] for row in some)  # the same sum in any order of processes
+        half = 1.96 * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+        cost = mean(sorted(row["evaluations"] for row in some))
+        found[name].append((cost, mean(values), half, len(values)))
+    return {name: sorted(found[name]) for name in methods if name in found}
 
 
-def table(found: dict[str, list[tuple[float, float, float, int]]]) -> str:
+def table(found: Curves) -> str:
     """Markdown: a row a method, its costs and distances."""
     lines = ["| method | evaluations: SNR to the ODE, dB | pictures |", "|---|---|---|"]
     for name, points in found.items():
@@ -248,7 +248,7 @@ def table(found: dict[str, list[tuple[float, float, float, int]]]) -> str:
     return "\n".join(lines)
 
 
-def plot(found: dict[str, list[tuple[float, float, float, int]]], title: str, path: Path) -> None:
+def plot(found: Curves, title: str, path: Path) -> None:
     """Nearness against evaluations, one line a method, its name at its end."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MultipleLocator

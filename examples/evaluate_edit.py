@@ -28,7 +28,7 @@ from torch import Tensor
 
 import minidit
 import ras
-from evaluate import PROMPTS, curves, read, snr, table
+from evaluate import PROMPTS, Curves, curves, read, snr, table
 from minidit import denoise
 from minidit.flow import Known
 from minidit.pipeline import draw_noise
@@ -243,7 +243,7 @@ def pictures(pipe, args: argparse.Namespace) -> Image.Image:
     return sheet(rows)
 
 
-def plot(panels: dict[str, dict], args: argparse.Namespace) -> None:
+def plot(panels: dict[str, Curves], args: argparse.Namespace) -> None:
     """A panel for every kind of edit and area: nearness against evaluations, a line a method."""
     from matplotlib.figure import Figure
 
