@@ -15,6 +15,7 @@ from __future__ import annotations
 import cli  # isort: skip
 
 import argparse
+from dataclasses import replace
 from statistics import median
 
 import torch
@@ -139,15 +140,15 @@ def parse_args() -> argparse.Namespace:
 
 def build(family: str, layers: int, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
     """A model of the official width with random weights and any number of layers."""
-    fields = vars(VARIANTS[family]) | {"num_layers": layers}
+    changes = {"num_layers": layers}
     if family == "flux":
-        fields["num_single_layers"] = 2 * layers  # as many for each double block as the official 38
+        changes["num_single_layers"] = 2 * layers  # as many a double block as the official 38
     if family == "lumina2":
-        fields["num_refiner_layers"] = 1  # of 2, which are few beside the official 26 layers
+        changes["num_refiner_layers"] = 1  # of 2, which are few beside the official 26 layers
     if family == "sd3.5-medium":
-        fields["dual_attention_layers"] = tuple(range(min(layers, 13)))
+        changes["dual_attention_layers"] = tuple(range(min(layers, 13)))
+    config = replace(VARIANTS[family], **changes)
     with torch.device(device):
-        config = type(VARIANTS[family])(**fields)
         model = NETWORKS[type(config)](config)
     return model.to(dtype).eval().requires_grad_(False)
 
