@@ -95,24 +95,16 @@ def time_runs(step: Step, repeats: int) -> None:
 def time_steps(step: Step, args: argparse.Namespace, repeats: int) -> None:
     """Print the milliseconds of a dense step and of regional ones, and their share of it."""
     flops = {ratio: count_flops(args, ratio) for ratio in [1.0, *args.ratios]}
-
-    times: dict[float, list[float]] = {ratio: [] for ratio in flops}
-    step.run(1.0)  # fills the cache
-    for repeat in range(repeats + 1):
-        for ratio in times:
-            seconds = step.run(ratio)
-            if repeat > 0:  # the first round warms up
-                times[ratio].append(seconds)
-
-    dense = median(times[1.0])
+    rounds = {ratio: [] for ratio in flops}
+    for _ in range(1 + repeats):
+        for ratio, seconds in rounds.items():  # the dense step comes first and fills the cache
+            seconds.append(step.run(ratio))
+    times = {ratio: median(seconds[1:]) for ratio, seconds in rounds.items()}  # the first warms up
     print(f"cache: {step.cache.nbytes / 2**20:.1f} MiB for {step.tokens} image tokens")
     print("active   ms/step   time share   FLOP share   time / FLOP")
     for ratio, seconds in times.items():
-        share, work = median(seconds) / dense, flops[ratio] / flops[1.0]
-        print(
-            f"{ratio:6.1%} {1000 * median(seconds):9.1f} {share:12.1%} {work:12.1%} "
-            f"{share / work:13.3f}"
-        )
+        share, work = seconds / times[1.0], flops[ratio] / flops[1.0]
+        print(f"{ratio:6.1%} {1000 * seconds:9.1f} {share:12.1%} {work:12.1%} {share / work:13.3f}")
 
 
 def parse_args() -> argparse.Namespace:
