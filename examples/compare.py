@@ -13,7 +13,6 @@ import cli  # isort: skip
 
 import argparse
 import math
-import time
 from pathlib import Path
 
 import numpy as np
@@ -39,11 +38,11 @@ def main() -> None:
     steps = args.steps or pipe.scheduler.steps(solver)
 
     def draw(steps: int, config: ras.RASConfig | ras.Upstream | None = None):
-        begin = time.perf_counter()
+        begin = cli.now(pipe.device)
         out = pipe(
             args.prompt, steps=steps, seed=args.seed, ras=config, solver=solver, progress=True
         )
-        return out, time.perf_counter() - begin
+        return out, cli.now(pipe.device) - begin
 
     def cell(title: str, share: float, out: minidit.Output, seconds: float) -> Image.Image:
         distance = psnr(out.images[0], reference)
