@@ -78,7 +78,7 @@ class GemmaConfig:
         checks.multiple(self, "num_attention_heads", "num_key_value_heads")
         require(self, "head_dim", self.head_dim % 2 == 0, "even")
         # "gelu" in Gemma's files is an old mistake: it was trained with the tanh approximation
-        act = "hidden_act" if self.hidden_activation is None else "hidden_activation"
+        act = "hidden_activation" if self.hidden_activation else "hidden_act"
         ok = getattr(self, act) in ("gelu", "gelu_pytorch_tanh")
         require(self, act, ok, "'gelu' or 'gelu_pytorch_tanh'")
         require(self, "rope_scaling", not self.rope_scaling, "null")

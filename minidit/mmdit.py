@@ -63,8 +63,12 @@ class MMDiTConfig:
         width = f"num_attention_heads * attention_head_dim = {self.width}"
         require(self, "caption_projection_dim", self.caption_projection_dim == self.width, width)
         require(self, "qk_norm", self.qk_norm in (None, "rms_norm"), "null or 'rms_norm'")
-        ok = all(0 <= i < self.num_layers for i in self.dual_attention_layers)
-        require(self, "dual_attention_layers", ok, f"layers within 0..{self.num_layers - 1}")
+        bad = [i for i in self.dual_attention_layers if not 0 <= i < self.num_layers]
+        if bad:
+            raise ValueError(
+                f"dual_attention_layers names layer {bad[0]}, "
+                f"must be within 0..{self.num_layers - 1}"
+            )
 
 
 class MMDiT(nn.Module):

@@ -63,8 +63,8 @@ class RASConfig:
         first = self.start if is_count(self.start) else 1
         allowed = "None, a step number, or a share in (0, 1)"
         require(self, "end", self.end is None or is_count(self.end) or share(self.end), allowed)
-        late = not is_count(self.end) or self.end >= first
-        require(self, "end", late, f"at least start = {first}")
+        ok = not is_count(self.end) or self.end >= first
+        require(self, "end", ok, f"at least start = {first}")
         if isinstance(self.refresh, list):
             object.__setattr__(self, "refresh", tuple(self.refresh))
         if isinstance(self.refresh, tuple):

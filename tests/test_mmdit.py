@@ -101,8 +101,8 @@ def test_bad_inputs_are_named(change, sentence):
         ({"num_layers": 0}, "num_layers is 0, must be at least 1"),
         ({"caption_projection_dim": 100}, "num_attention_heads * attention_head_dim = 1536"),
         ({"qk_norm": "layer_norm"}, "qk_norm is 'layer_norm', must be null or 'rms_norm'"),
-        ({"dual_attention_layers": (0, 24)}, "must be layers within 0..23"),
-        ({"dual_attention_layers": (-1,)}, "must be layers within 0..23"),
+        ({"dual_attention_layers": (0, 24)}, "names layer 24, must be within 0..23"),
+        ({"dual_attention_layers": (-1,)}, "names layer -1, must be within 0..23"),
     ],
 )
 def test_bad_configs_are_named(change, sentence):

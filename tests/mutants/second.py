@@ -130,10 +130,7 @@ SECOND: dict[str, tuple[str, list[tuple[str, str]]]] = {
         "scheduler flow",
         [
             ("(self.max_shift - self.base_shift) / length", "self.max_shift / length"),
-            (
-                "self.default_guidance >= 1",
-                "self.default_guidance > 1",
-            ),
+            ("self.default_guidance >= 1", "self.default_guidance > 1"),
             (
                 "torch.linspace(1, 0, steps + 1, dtype=torch.float64)",
                 "torch.linspace(1, 0, steps + 1)",
@@ -209,10 +206,6 @@ SECOND: dict[str, tuple[str, list[tuple[str, str]]]] = {
         [
             ("SingleBlock(c, first_single + i)", "SingleBlock(c, i)"),
             ("x.clamp(-65504, 65504) if x.dtype", "x.clamp(max=65504) if x.dtype"),
-            (
-                'check_axes(self, "axes_dims_rope", "attention_head_dim")',
-                'check_axes(self, "axes_dims_rope", "width")',
-            ),
         ],
     ),
     "minidit/lumina2.py": (
@@ -244,8 +237,9 @@ SECOND: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ],
     ),
     "minidit/parts.py": (
-        "parts mmdit nextdit clip t5 gemma ras_network",
+        "parts mmdit nextdit flux lumina2 clip t5 gemma ras_network",
         [
+            ("sum(widths) == width", "sum(widths) <= width"),
             ("low < 0 or high >= table.num_embeddings", "low < 0 or high > table.num_embeddings"),
             ("if not 1 <= active.shape[1] <= tokens:", "if not 0 <= active.shape[1] <= tokens:"),
             (
