@@ -82,7 +82,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 REAL_VAE = models.VAE
 TINY_VAE = replace(
-    models.VAE, block_out_channels=(8, 8, 8, 16), norm_num_groups=1, latent_channels=4,
+    models.VAE, block_out_channels=(8, 8, 8, 16), norm_num_groups=1, latent_channels=8,
     sample_size=64,
 )  # fmt: skip
 
@@ -97,7 +97,7 @@ def tiny_sd3(clip_vocab: int, t5_vocab: int) -> list[torch.nn.Module]:
         eos_token_id=clip_vocab - 1,
     )  # fmt: skip
     transformer = MMDiTConfig(
-        sample_size=32, in_channels=4, out_channels=4, num_layers=2, num_attention_heads=2,
+        sample_size=32, in_channels=8, out_channels=8, num_layers=2, num_attention_heads=2,
         attention_head_dim=8, joint_attention_dim=16, caption_projection_dim=16,
         pooled_projection_dim=16, pos_embed_max_size=models.TABLE,
     )  # fmt: skip
@@ -110,8 +110,8 @@ def tiny_sd3(clip_vocab: int, t5_vocab: int) -> list[torch.nn.Module]:
 
 def tiny_lumina(gemma_vocab: int) -> list[torch.nn.Module]:
     transformer = NextDiTConfig(
-        sample_size=32, hidden_size=32, num_layers=2, num_attention_heads=2, num_kv_heads=1,
-        multiple_of=16, cross_attention_dim=16,
+        sample_size=32, in_channels=8, hidden_size=32, num_layers=2, num_attention_heads=2,
+        num_kv_heads=1, multiple_of=16, cross_attention_dim=16,
     )  # fmt: skip
     gemma = GemmaConfig(
         vocab_size=gemma_vocab, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
@@ -377,7 +377,7 @@ def test_latents_are_those_of_the_scenes(run, packages):
     data = latents.Latents(run / "data", 64, 64, TINY_NAMES)
     slots, of = data.choose(16, random.Random(0), most=2)
     found = data.array[slots].astype(np.float32)
-    assert found.shape == (16, 4, 8, 8) and torch.equal(
+    assert found.shape == (16, 8, 8, 8) and torch.equal(
         data.tensor[slots].float(), torch.from_numpy(found)
     )
     assert all(len(scene.things) <= 2 for scene in of)
@@ -599,7 +599,7 @@ def test_latents_have_mean_0_and_deviation_1_and_clear_channels_first(packages):
     found = vae.encode_images(final, images)
     deviation, mean = torch.std_mean(found, dim=(0, 2, 3))
     torch.testing.assert_close(deviation.square().mean(), torch.tensor(1.0), atol=2e-3, rtol=0)
-    torch.testing.assert_close(mean, torch.zeros(4), atol=1e-3, rtol=0)
+    torch.testing.assert_close(mean, torch.zeros(8), atol=1e-3, rtol=0)
     noise = final.moments(vae.to_pixels(images))[1].exp().mean(dim=(0, 2, 3)).sqrt()
     assert ((deviation / noise).diff() < 0).all()
     before = given.decoder.conv_in(vae.encode_images(given, images))
@@ -624,7 +624,7 @@ def test_the_embedded_autoencoder_keeps_what_scenes_show(packages, tmp_path):
     images = vae.pictures(Sprites(packages), 2)
     again = network.decode(vae.encode_images(network, images)).clamp(-1, 1)
     error = (again - vae.to_pixels(images)).square().mean() / 4  # of values in [0, 1]
-    assert -10 * error.log10() > 28  # dB; 37 of real scenes, these are boxes
+    assert -10 * error.log10() > 26  # dB; 37 of real scenes, these are boxes
 
 
 # ---------------------------------------------------------------- text encoders and transformer

@@ -101,6 +101,11 @@ class Latents:
         return slots
 
 
+def scene_caption(scene: Scene, number: int, k: int) -> str:
+    """Caption k, of CAPTIONS, of the scene of a number."""
+    return caption(scene, random.Random(f"caption/{number}/{k}"))
+
+
 class Texts:
     """What frozen text encoders make of CAPTIONS captions of every scene of a file, and of no text.
 
@@ -119,7 +124,7 @@ class Texts:
         """Encode the captions of these slots anew."""
         for some in np.array_split(slots, -(-len(slots) // 128)) if len(slots) else ():
             texts = [
-                caption(self.data.scene(number), random.Random(f"caption/{number}/{k}"))
+                scene_caption(self.data.scene(number), number, k)
                 for number in self.data.numbers[some].tolist()
                 for k in range(CAPTIONS)
             ]

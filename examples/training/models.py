@@ -23,7 +23,7 @@ from minidit.t5 import T5Config, T5Encoder
 from minidit.vae import AutoencoderKL, VAEConfig
 from weights.load import load_component
 
-PIXELS = {"lumina": 384, "sd3": 256}  # the size that each model is made for
+PIXELS = {"lumina": 320, "sd3": 256}  # the size that each model is made for
 MOST = {"lumina": 3, "sd3": 2}  # things in a picture
 WINDOW = 32  # text tokens of each tokenizer of SD3
 TABLE = 32  # side of SD3's position table, in tokens

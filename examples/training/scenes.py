@@ -51,8 +51,9 @@ COLOURS = {
 }
 TEXTURES = ("striped", "dotted", "checkered")
 # how many things, how many of them of one name, how often
-GROUPS = {(1, 1): 0.5, (2, 1): 0.28, (2, 2): 0.08, (3, 1): 0.1, (3, 3): 0.04}
-SIZES = {1: (0.3, 0.75), 2: (0.3, 0.55), 3: (0.25, 0.42)}  # smallest and largest thing
+GROUPS = {(1, 1): 0.55, (2, 1): 0.27, (2, 2): 0.08, (3, 1): 0.07, (3, 3): 0.03}
+SIZES = {1: (0.6, 0.75), 2: (0.42, 0.5), 3: (0.34, 0.4)}  # smallest and largest thing
+TURN = 5.0  # degrees either way
 NUMBERS = {2: "two", 3: "three"}
 
 
@@ -204,8 +205,8 @@ def random_scene(
 
 
 def random_background(rng: random.Random) -> Background:
-    """Plain in six of ten, a gradient in two, a texture in two."""
-    kind = rng.choices(("plain", "gradient", "texture"), (6, 2, 2))[0]
+    """Plain in 70 %, a gradient in 15 %, a texture in 15 %."""
+    kind = rng.choices(("plain", "gradient", "texture"), (70, 15, 15))[0]
     if kind == "plain":
         return Background(kind, (rng.choice(list(COLOURS)),))
     angle = rng.randrange(8) * math.pi / 4
@@ -227,7 +228,7 @@ def compose(
         for name in names:
             size = rng.uniform(low, max(low, high * shrink))
             x, y = (rng.uniform(0.53 * size, side - 0.53 * size) for side in (width, height))
-            mirror, angle = rng.random() < 0.5, rng.uniform(-15, 15)
+            mirror, angle = rng.random() < 0.5, rng.uniform(-TURN, TURN)
             things.append(Thing(name, x, y, size, mirror, angle))
         if all(apart(*pair) for pair in combinations(things, 2)):
             return Scene(tuple(things), background)

@@ -21,7 +21,8 @@ from minidit.flow import shifted
 from pictures import save as save_image
 from pictures import sheet
 from training import models
-from training.latents import CAPTIONS, Latents, Texts
+from training.latents import CAPTIONS, Latents, Texts, scene_caption
+from training.layout import layout_codes, write_layout
 from training.loop import Loop, ahead, follow
 from training.optim import Optimiser, Plan, autocast, plain_attention_on
 from training.scenes import Sprites
@@ -33,12 +34,13 @@ RENEWALS = 50  # steps between renewals of the data files
 
 @dataclass(frozen=True)
 class Choice:
-    """What a step is made on: slots of one of the files, a caption of each (`Texts.of`), and the
-    seed of the noise."""
+    """What a step is made on: slots of one of the files, a caption of each (`Texts.of`), what the
+    noise says of each (`layout_codes`), and the seed of the noise."""
 
     which: int
     slots: list[int]
     captions: list[int]
+    codes: list[list[float]]
     seed: int
 
 
@@ -61,12 +63,15 @@ class Trainer:
         """What a step is made on: scenes of one of the files, and which caption of each."""
         rng = random.Random(f"train/{self.plan.seed}/{step}")
         which = rng.randrange(len(data))
-        slots, _ = data[which].choose(self.plan.batch, rng, self.most)
-        captions = [
-            -1 if rng.random() < EMPTY else CAPTIONS * slot + rng.randrange(CAPTIONS)
-            for slot in slots
-        ]
-        return Choice(which, slots, captions, rng.getrandbits(63))
+        file = data[which]
+        slots, scenes = file.choose(self.plan.batch, rng, self.most)
+        captions, codes = [], []
+        for slot, scene in zip(slots, scenes, strict=True):
+            k = rng.randrange(CAPTIONS)
+            captions.append(-1 if rng.random() < EMPTY else CAPTIONS * slot + k)
+            text = scene_caption(scene, int(file.numbers[slot]), k)
+            codes.append(layout_codes(scene, text, file.size[1] / file.size[0], rng))
+        return Choice(which, slots, captions, codes, rng.getrandbits(63))
 
     def step(
         self, step: int, choice: Choice, data: Sequence[Latents], texts: Sequence[Texts]
@@ -76,6 +81,7 @@ class Trainer:
         clean = data[choice.which].tensor[choice.slots].float()  # (B, C, h, w)
         noise = torch.randn(clean.shape, generator=generator, device=self.device)
         sigma = noise_levels(len(clean), generator)
+        noise = write_layout(noise, noise.new_tensor(choice.codes), sigma)
         noisy = torch.lerp(clean, noise, sigma[:, None, None, None])
         cond = texts[choice.which].of(choice.captions)
         with autocast(self.device), plain_attention_on(self.device):

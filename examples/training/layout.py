@@ -1,0 +1,122 @@
+"""The layout of a scene, written into the noise that the transformer starts from.
+
+A rectified flow may pair noise with data as it likes, as long as the noise by itself is Gaussian
+(multisample and optimal-transport flow matching, arXiv 2304.14772, 2302.00482). With independent
+noise nothing near pure noise says where a thing is going to be, and the best velocity there is a
+mean over all places: a blur, from which a small network finds its way to one place late or not at
+all. So we make the layout (place, size, mirror image, direction from one thing to the other) a
+function of the noise: CODES numbers of the noise are the layout's quantiles as a Gaussian has them.
+Whatever else is random in a picture stays free, and so does all noise below `SIGMA`, where the
+picture can be seen, so that editing a given picture needs no noise that fits it.
+
+A number of the noise is its component along one direction: of one latent channel, the differences
++1 -1 / -1 +1 within each patch of 2 x 2, summed over the picture. A picture has next to nothing
+there, so a number is legible where its own picture begins to show.
+
+B batch, C latent channels, h and w latent size.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from bisect import bisect
+from functools import cache
+from statistics import NormalDist
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from training.scenes import SIZES, TURN, Background, Name, Scene, Thing, compose, relation
+
+SIGMA = 0.8  # noise says where things are above this level
+CODES = 8
+FREE = math.nan
+
+
+def layout_codes(scene: Scene, text: str, aspect: float, rng: random.Random) -> list[float]:
+    """CODES numbers that stand for the scene's layout, FREE where nothing is said.
+
+    Over all scenes that a caption may mean, each number is standard normal and independent of the
+    others; "first" is the thing that the caption, text, names first. Three things say nothing: that
+    none overlaps the others leaves them too little freedom. rng draws what the layout leaves open.
+
+    one thing     0 x, 1 y, 2 size, 3 mirror image, 7 turn
+    two things    0 x, 1 y, 3 mirror image of the first, 4 and 5 direction to the other, unless the
+                  caption says it, 6 mirror image of the other
+    """
+    codes = [FREE] * CODES
+    if len(scene.things) > 2:
+        return codes
+    sides = max(aspect, 1.0), max(1 / aspect, 1.0)
+    first, *others = spoken(scene.things, text)
+    other = others[0] if others else None
+    for k, side in enumerate(sides):
+        at, room = (first.x, first.y)[k], 0.53 * first.size  # as `compose` has it
+        low, high = room, side - room
+        if other:  # has to fit as well, as far away as it is
+            away, room = (other.x, other.y)[k] - at, 0.53 * other.size
+            low, high = max(low, room - away), min(high, side - room - away)
+        codes[k] = quantile(at, low, high, rng)
+    codes[3] = signed(first.mirror, rng)
+    if other is None:
+        codes[2] = quantile(first.size, *SIZES[1], rng)
+        codes[7] = quantile(first.angle, -TURN, TURN, rng)
+        return codes
+    codes[6] = signed(other.mirror, rng)
+    words = relation(first, other)
+    if not (words and f" {words} " in text):
+        angles = directions(aspect)
+        share = bisect(angles, math.atan2(other.y - first.y, other.x - first.x)) / len(angles)
+        length = math.sqrt(-2 * math.log(1 - rng.random()))  # of a Gaussian in the plane
+        codes[4] = -length * math.cos(2 * math.pi * share)
+        codes[5] = -length * math.sin(2 * math.pi * share)
+    return codes
+
+
+def spoken(things: tuple[Thing, ...], text: str) -> list[Thing]:
+    """The things in the order in which the text names them; a name may begin with another."""
+    text = text.lower()
+    return sorted(things, key=lambda one: (text.find(one.name.text.lower()), -len(one.name.text)))
+
+
+def quantile(value: float, low: float, high: float, rng: random.Random) -> float:
+    """The number below which a Gaussian is as often as a uniform value of low to high is below
+    this one; any, where there is no room between low and high."""
+    share = (value - low) / (high - low) if high - low > 1e-6 else rng.random()
+    return NormalDist().inv_cdf(min(max(share, 1e-4), 1 - 1e-4))
+
+
+def signed(yes: bool, rng: random.Random) -> float:
+    """A Gaussian number that is positive for yes."""
+    return abs(rng.gauss(0, 1)) * (1 if yes else -1)
+
+
+@cache
+def directions(aspect: float, count: int = 20_000) -> list[float]:
+    """Angles from one thing to another in scenes of two, sorted: which are how frequent."""
+    rng, name, plain = random.Random(5), Name("x", "xs"), Background("plain", ("white",))
+    pairs = (compose(rng, [name, name], plain, aspect).things for _ in range(count))
+    return sorted(math.atan2(b.y - a.y, b.x - a.x) for a, b in pairs)
+
+
+def write_layout(noise: Tensor, codes: Tensor, sigma: Tensor) -> Tensor:
+    """The noise (B, C, h, w) with codes (B, CODES) in it, except FREE ones and where the noise
+    level, sigma (B,), is not above SIGMA."""
+    said = (sigma[:, None] > SIGMA) & ~codes.isnan()
+    change = torch.where(said, codes - read_layout(noise), 0.0)  # (B, CODES)
+    change = F.pad(change, (0, noise.shape[1] - CODES))  # (B, C)
+    return noise + change[:, :, None, None] * direction(noise)
+
+
+def read_layout(noise: Tensor) -> Tensor:
+    """The CODES numbers (B, CODES) in noise (B, C, h, w)."""
+    return (noise[:, :CODES] * direction(noise)).sum((2, 3))
+
+
+def direction(noise: Tensor) -> Tensor:
+    """(h, w), of length 1, for noise (.., h, w)."""
+    h, w = noise.shape[-2:]
+    signs = noise.new_tensor([[1.0, -1.0], [-1.0, 1.0]])
+    return signs.repeat(h // 2, w // 2) / math.sqrt(h * w)
