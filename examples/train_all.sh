@@ -57,11 +57,11 @@ lane() { # FAMILY, then STEPS BATCH SIZES for every size, the smallest first
   stage "$family" export --family "$family" --out "$run/mini-$family"
 }
 
-(scenes 16000 128 && scenes 40000 256 && scenes 24000 384 512x256 256x512) &
+(scenes 16000 128 && scenes 40000 256 && scenes 24000 320 448x224 224x448) &
 stage classifier classifier --batch 64 --steps "$(steps 3000)" --workers 4 &
 for family in $families; do
   case $family in
-    lumina) lane lumina 2000 256 128 8000 128 256 10000 64 "384 512x256 256x512" & ;;
+    lumina) lane lumina 2000 256 128 8000 128 256 10000 64 "320 448x224 224x448" & ;;
     sd3) lane sd3 2000 256 128 16000 128 256 & ;;
   esac
 done

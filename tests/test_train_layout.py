@@ -54,25 +54,37 @@ def test_one_thing_says_place_size_mirror_and_turn():
     assert codes_of(replace(middle, mirror=False))[3] < 0
 
 
-def test_two_things_say_place_of_the_first_and_direction():
-    fox, apple = pair(0.25, 0.5, 0.75, 0.5)  # the apple on the right
-    text = "a fox and a red apple on a teal background"
-    codes = codes_of(fox, apple, text=text)
-    assert codes[4] > 0 and abs(codes[5]) < 0.1 * codes[4]
-    assert codes[3] < 0 < codes[6] and np.isnan(codes[[2, 7]]).all()
-    swapped = codes_of(fox, apple, text="a red apple and a fox on a teal background")
-    assert swapped[4] < 0 and swapped[3] > 0 > swapped[6]
-    below = codes_of(*pair(0.5, 0.25, 0.5, 0.75), text=text)
-    assert below[5] > 0 and abs(below[4]) < 0.1 * below[5]
-    right = codes_of(*pair(0.3, 0.25, 0.7, 0.75), text=text)
-    left = codes_of(*pair(0.26, 0.25, 0.66, 0.75), text=text)
+def test_two_things_say_middle_distance_direction_and_order():
+    text, other = "a fox and a red apple on a teal background", "a red apple and a fox"
+    codes = codes_of(*pair(0.25, 0.5, 0.75, 0.5), text=text)  # the apple on the right
+    assert not np.isnan(codes).any()
+    assert codes[3] < 0 < codes[6]  # only the apple is a mirror image
+    assert codes[7] > 0 > codes_of(*pair(0.25, 0.5, 0.75, 0.5), text=other)[7]
+    assert codes_of(*pair(0.75, 0.5, 0.25, 0.5), text=text)[7] < 0
+    assert codes[4] > 0 and abs(codes[5]) < 0.1 * codes[4]  # half way round
+    below = codes_of(*pair(0.5, 0.25, 0.5001, 0.75), text=text)
+    assert below[4] < 0 and abs(below[5]) < 0.1 * -below[4]  # a whole turn is none
+    rising, falling = (codes_of(*pair(0.3, y, 0.7, 1 - y), text=text) for y in (0.7, 0.3))
+    assert rising[5] < 0 < falling[5]
+    right, left = (codes_of(*pair(0.27 + x, 0.25, 0.67 + x, 0.75), text=text) for x in (0.05, 0.0))
     assert right[0] > left[0] and right[1] == pytest.approx(left[1])
+    far, near = (codes_of(*pair(0.5 - x, 0.5, 0.5 + x, 0.5), text=text) for x in (0.25, 0.22))
+    assert far[2] > near[2] and far[0] == pytest.approx(near[0], abs=1e-6)
 
 
-def test_a_direction_that_the_caption_says_stays_free():
+def test_the_order_in_a_scene_changes_nothing():
+    things = pair(0.3, 0.3, 0.7, 0.6)
+    text = "a fox and a red apple"
+    np.testing.assert_array_equal(codes_of(*things, text=text), codes_of(*things[::-1], text=text))
+
+
+def test_who_is_where_stays_free_if_the_caption_says_it():
     things = pair(0.25, 0.5, 0.75, 0.5)
     codes = codes_of(*things, text="a fox to the left of a red apple on a teal background")
-    assert np.isnan(codes[[4, 5]]).all() and not np.isnan(codes[[0, 1, 3, 6]]).any()
+    assert np.isnan(codes[[4, 5, 7]]).all() and not np.isnan(codes[[0, 1, 2, 3, 6]]).any()
+    foxes = (things[0], replace(things[1], name=FOX))  # neither is named first
+    codes = codes_of(*foxes, text="two foxes on a teal background")
+    assert np.isnan(codes[7]) and not np.isnan(codes[:7]).any()
 
 
 def test_three_things_say_nothing():
@@ -89,7 +101,7 @@ def test_codes_are_gaussian_and_independent(aspect, count):
         rows.append(layout_codes(scene, "a red apple and a fox", aspect, rng))
     codes = np.array(rows)
     codes = codes[:, ~np.isnan(codes[0])]
-    assert codes.shape[1] == {1: 5, 2: 6}[count]
+    assert codes.shape[1] == {1: 5, 2: 8}[count]
     assert np.isfinite(codes).all()
     for moment, expected in ((1, 0), (2, 1), (3, 0), (4, 3)):
         np.testing.assert_allclose((codes**moment).mean(axis=0), expected, atol=0.1 * 1.9**moment)

@@ -39,39 +39,44 @@ def layout_codes(scene: Scene, text: str, aspect: float, rng: random.Random) -> 
     """CODES numbers that stand for the scene's layout, FREE where nothing is said.
 
     Over all scenes that a caption may mean, each number is standard normal and independent of the
-    others; "first" is the thing that the caption, text, names first. Three things say nothing: that
-    none overlaps the others leaves them too little freedom. rng draws what the layout leaves open.
+    others, nearly. Three things say nothing: that none overlaps the others leaves them too little
+    freedom. rng draws what the layout leaves open.
 
     one thing     0 x, 1 y, 2 size, 3 mirror image, 7 turn
-    two things    0 x, 1 y, 3 mirror image of the first, 4 and 5 direction to the other, unless the
-                  caption says it, 6 mirror image of the other
+    two things    0 x, 1 y of the middle between them, 2 distance, 3 and 6 mirror images of the left
+                  and of the right one, 4 and 5 direction, 7 which is named first; the last three
+                  only where the caption does not say who is where
     """
     codes = [FREE] * CODES
     if len(scene.things) > 2:
         return codes
-    sides = max(aspect, 1.0), max(1 / aspect, 1.0)
-    first, *others = spoken(scene.things, text)
-    other = others[0] if others else None
-    for k, side in enumerate(sides):
-        at, room = (first.x, first.y)[k], 0.53 * first.size  # as `compose` has it
+    left, *others = sorted(scene.things, key=lambda thing: thing.x)
+    right = others[0] if others else None
+    for k, side in enumerate((max(aspect, 1.0), max(1 / aspect, 1.0))):
+        at, room = (left.x, left.y)[k], 0.53 * left.size  # as `compose` has it
         low, high = room, side - room
-        if other:  # has to fit as well, as far away as it is
-            away, room = (other.x, other.y)[k] - at, 0.53 * other.size
+        if right:  # has to fit as well, as far away as it is
+            away, room = (right.x, right.y)[k] - at, 0.53 * right.size
             low, high = max(low, room - away), min(high, side - room - away)
         codes[k] = quantile(at, low, high, rng)
-    codes[3] = signed(first.mirror, rng)
-    if other is None:
-        codes[2] = quantile(first.size, *SIZES[1], rng)
-        codes[7] = quantile(first.angle, -TURN, TURN, rng)
+    codes[3] = signed(left.mirror, rng)
+    if right is None:
+        codes[2] = quantile(left.size, *SIZES[1], rng)
+        codes[7] = quantile(left.angle, -TURN, TURN, rng)
         return codes
-    codes[6] = signed(other.mirror, rng)
-    words = relation(first, other)
+    codes[6] = signed(right.mirror, rng)
+    pairs, (angle, distance) = directions(aspect), direction_of(left, right)
+    place = bisect(pairs, (angle, distance))
+    near = sorted(pair[1] for pair in pairs[max(0, place - 150) : place + 150])
+    codes[2] = quantile(bisect(near, distance) + 0.5, 0, len(near) + 1, rng)
+    first, second = spoken(scene.things, text)
+    words = relation(first, second)
     if not (words and f" {words} " in text):
-        angles = directions(aspect)
-        share = bisect(angles, math.atan2(other.y - first.y, other.x - first.x)) / len(angles)
+        turn = 2 * math.pi * place / len(pairs)  # half a turn of the pair is a whole one here
         length = math.sqrt(-2 * math.log(1 - rng.random()))  # of a Gaussian in the plane
-        codes[4] = -length * math.cos(2 * math.pi * share)
-        codes[5] = -length * math.sin(2 * math.pi * share)
+        codes[4], codes[5] = -length * math.cos(turn), -length * math.sin(turn)
+        if first.name != second.name:
+            codes[7] = signed(first is left, rng)
     return codes
 
 
@@ -94,11 +99,17 @@ def signed(yes: bool, rng: random.Random) -> float:
 
 
 @cache
-def directions(aspect: float, count: int = 20_000) -> list[float]:
-    """Angles from one thing to another in scenes of two, sorted: which are how frequent."""
+def directions(aspect: float, count: int = 20_000) -> list[tuple[float, float]]:
+    """`direction_of` many scenes of two things, sorted: which are how frequent."""
     rng, name, plain = random.Random(5), Name("x", "xs"), Background("plain", ("white",))
-    pairs = (compose(rng, [name, name], plain, aspect).things for _ in range(count))
-    return sorted(math.atan2(b.y - a.y, b.x - a.x) for a, b in pairs)
+    scenes = (compose(rng, [name, name], plain, aspect).things for _ in range(count))
+    return sorted(direction_of(*sorted(pair, key=lambda thing: thing.x)) for pair in scenes)
+
+
+def direction_of(left: Thing, right: Thing) -> tuple[float, float]:
+    """Angle, from -pi / 2 to pi / 2, and distance from one thing to one on its right."""
+    x, y = right.x - left.x, right.y - left.y
+    return math.atan2(y, x), math.hypot(x, y)
 
 
 def write_layout(noise: Tensor, codes: Tensor, sigma: Tensor) -> Tensor:
