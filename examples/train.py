@@ -184,7 +184,7 @@ def parse() -> argparse.Namespace:
     for key, kind in (("steps", int), ("guidance", float), ("solver", str)):
         sub.add_argument(f"--{key}", type=kind, help="default: what the model asks for")
     sub = command("psnr", "print how near decoded scenes are to those that were encoded")
-    sub.add_argument("--sizes", type=sides, nargs="+", default=[(256, 256), (384, 384)])
+    sub.add_argument("--sizes", type=sides, nargs="+", default=[(256, 256), (320, 320)])
     sub.add_argument("--count", type=int, default=100, help="held-out scenes")
     sub = command("sheet", "draw the fixed prompts with a model, all with seed 0")
     sub.add_argument("--model", type=Path, required=True)
