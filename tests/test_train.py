@@ -617,14 +617,16 @@ def test_composing_ahead_changes_nothing(packages, tmp_path):
     assert_equal(one, other)
 
 
-def test_the_embedded_autoencoder_keeps_what_scenes_show(packages, tmp_path):
+def test_the_embedded_autoencoder_keeps_what_scenes_show(packages, tmp_path, monkeypatch):
+    # boxes have sharp edges, of which larger ones have more: as large as when it was trained
+    monkeypatch.setattr(scenes, "SIZES", {1: (0.3, 0.75), 2: (0.3, 0.55), 3: (0.25, 0.42)})
     network = models.load_vae(tmp_path)  # which has none of its own
     named = {"down_block_types": None, "up_block_types": None}  # in the file alone
     assert replace(network.config, **named) == REAL_VAE
     images = vae.pictures(Sprites(packages), 2)
     again = network.decode(vae.encode_images(network, images)).clamp(-1, 1)
     error = (again - vae.to_pixels(images)).square().mean() / 4  # of values in [0, 1]
-    assert -10 * error.log10() > 26  # dB; 37 of real scenes, these are boxes
+    assert -10 * error.log10() > 28  # dB; 37 of real scenes, these are boxes
 
 
 # ---------------------------------------------------------------- text encoders and transformer

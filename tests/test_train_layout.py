@@ -151,3 +151,9 @@ def test_noise_says_what_was_written_and_is_else_as_it_was(seed, size):
     torch.testing.assert_close(
         change.square().sum((2, 3)).sqrt()[:, :CODES], (expected - read_layout(noise)).abs()
     )
+
+
+def test_what_changes_along_one_axis_alone_says_nothing():
+    rows = torch.randn(1, 16, 8, 1, dtype=torch.float64).expand(1, 16, 8, 12)
+    for stripes in (rows, rows.mT):
+        torch.testing.assert_close(read_layout(stripes), torch.zeros(1, CODES).double())

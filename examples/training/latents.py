@@ -50,9 +50,14 @@ class Latents:
     def __len__(self) -> int:
         return len(self.array)
 
+    @property
+    def aspect(self) -> float:
+        """Width by height."""
+        return self.size[1] / self.size[0]
+
     def scene(self, number: int) -> Scene:
         rng = random.Random(f"scene/{number}")
-        return random_scene(rng, self.names, aspect=self.size[1] / self.size[0])
+        return random_scene(rng, self.names, aspect=self.aspect)
 
     def choose(
         self, count: int, rng: random.Random, most: int = 3

@@ -9,9 +9,9 @@ function of the noise: CODES numbers of the noise are the layout's quantiles as 
 Whatever else is random in a picture stays free, and so does all noise below `SIGMA`, where the
 picture can be seen, so that editing a given picture needs no noise that fits it.
 
-A number of the noise is its component along one direction: of one latent channel, the differences
-+1 -1 / -1 +1 within each patch of 2 x 2, summed over the picture. A picture has next to nothing
-there, so a number is legible where its own picture begins to show.
+A number of the noise is its component along one direction: one latent channel's squares of a
+chessboard, white less black. A picture has next to nothing there, so a number is legible where its
+own picture begins to show.
 
 B batch, C latent channels, h and w latent size.
 """
@@ -28,7 +28,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.scenes import SIZES, TURN, Background, Name, Scene, Thing, compose, relation
+from training.scenes import (
+    MARGIN,
+    SIZES,
+    TURN,
+    Background,
+    Name,
+    Scene,
+    Thing,
+    compose,
+    relation,
+    sides_of,
+)
 
 SIGMA = 0.8  # noise says where things are above this level
 CODES = 8
@@ -48,36 +59,41 @@ def layout_codes(scene: Scene, text: str, aspect: float, rng: random.Random) -> 
                   only where the caption does not say who is where
     """
     codes = [FREE] * CODES
-    if len(scene.things) > 2:
-        return codes
-    left, *others = sorted(scene.things, key=lambda thing: thing.x)
-    right = others[0] if others else None
-    for k, side in enumerate((max(aspect, 1.0), max(1 / aspect, 1.0))):
-        at, room = (left.x, left.y)[k], 0.53 * left.size  # as `compose` has it
-        low, high = room, side - room
-        if right:  # has to fit as well, as far away as it is
-            away, room = (right.x, right.y)[k] - at, 0.53 * right.size
-            low, high = max(low, room - away), min(high, side - room - away)
-        codes[k] = quantile(at, low, high, rng)
-    codes[3] = signed(left.mirror, rng)
-    if right is None:
-        codes[2] = quantile(left.size, *SIZES[1], rng)
-        codes[7] = quantile(left.angle, -TURN, TURN, rng)
-        return codes
-    codes[6] = signed(right.mirror, rng)
-    pairs, (angle, distance) = directions(aspect), direction_of(left, right)
-    place = bisect(pairs, (angle, distance))
-    near = sorted(pair[1] for pair in pairs[max(0, place - 150) : place + 150])
-    codes[2] = quantile(bisect(near, distance) + 0.5, 0, len(near) + 1, rng)
-    first, second = spoken(scene.things, text)
-    words = relation(first, second)
-    if not (words and f" {words} " in text):
-        turn = 2 * math.pi * place / len(pairs)  # half a turn of the pair is a whole one here
-        length = math.sqrt(-2 * math.log(1 - rng.random()))  # of a Gaussian in the plane
-        codes[4], codes[5] = -length * math.cos(turn), -length * math.sin(turn)
-        if first.name != second.name:
-            codes[7] = signed(first is left, rng)
+    if len(scene.things) == 1:
+        thing = scene.things[0]
+        codes[:2] = place([thing], aspect, rng)
+        codes[2] = quantile(thing.size, *SIZES[1], rng)
+        codes[3] = signed(thing.mirror, rng)
+        codes[7] = quantile(thing.angle, -TURN, TURN, rng)
+    elif len(scene.things) == 2:
+        left, right = sorted(scene.things, key=lambda thing: thing.x)
+        codes[:2] = place([left, right], aspect, rng)
+        codes[3], codes[6] = signed(left.mirror, rng), signed(right.mirror, rng)
+        pairs, (angle, distance) = directions(aspect), direction_of(left, right)
+        rank = bisect(pairs, (angle, distance))
+        near = sorted(pair[1] for pair in pairs[max(0, rank - 150) : rank + 150])
+        codes[2] = quantile(bisect(near, distance) + 0.5, 0, len(near) + 1, rng)
+        first, second = spoken(scene.things, text)
+        words = relation(first, second)
+        if not (words and f" {words} " in text):
+            turn = 2 * math.pi * rank / len(pairs)  # half a turn of the pair is a whole one here
+            length = math.sqrt(-2 * math.log(1 - rng.random()))  # of a Gaussian in the plane
+            codes[4], codes[5] = -length * math.cos(turn), -length * math.sin(turn)
+            if first.name != second.name:
+                codes[7] = signed(first is left, rng)
     return codes
+
+
+def place(things: list[Thing], aspect: float, rng: random.Random) -> list[float]:
+    """Where things are that keep their distances, in x and in y: quantiles of what they can move
+    by, as `compose` keeps them from the edges."""
+    found = []
+    for axis, side in zip("xy", sides_of(aspect), strict=True):
+        at = [(getattr(thing, axis), MARGIN * thing.size) for thing in things]
+        low = max(margin - middle for middle, margin in at)
+        high = min(side - margin - middle for middle, margin in at)
+        found.append(quantile(0.0, low, high, rng))
+    return found
 
 
 def spoken(things: tuple[Thing, ...], text: str) -> list[Thing]:
@@ -127,7 +143,8 @@ def read_layout(noise: Tensor) -> Tensor:
 
 
 def direction(noise: Tensor) -> Tensor:
-    """(h, w), of length 1, for noise (.., h, w)."""
+    """The chessboard (h, w), of length 1, for noise (.., h, w)."""
     h, w = noise.shape[-2:]
-    signs = noise.new_tensor([[1.0, -1.0], [-1.0, 1.0]])
-    return signs.repeat(h // 2, w // 2) / math.sqrt(h * w)
+    rows, columns = (torch.arange(n, device=noise.device) for n in (h, w))
+    black = (rows[:, None] + columns) % 2  # (h, w)
+    return (1 - 2 * black).to(noise.dtype) / math.sqrt(h * w)

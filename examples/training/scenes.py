@@ -54,6 +54,7 @@ TEXTURES = ("striped", "dotted", "checkered")
 GROUPS = {(1, 1): 0.55, (2, 1): 0.27, (2, 2): 0.08, (3, 1): 0.07, (3, 3): 0.03}
 SIZES = {1: (0.6, 0.75), 2: (0.42, 0.5), 3: (0.34, 0.4)}  # smallest and largest thing
 TURN = 5.0  # degrees either way
+MARGIN = 0.53  # from a thing's centre to the edge of the picture, at least, by its size
 NUMBERS = {2: "two", 3: "three"}
 
 
@@ -221,18 +222,22 @@ def compose(
 ) -> Scene:
     """Give every name a place, a size and a turn, so that things overlap little and all is seen."""
     low, high = SIZES[len(names)]
-    width, height = max(aspect, 1.0), max(1 / aspect, 1.0)
-    shrink = 1.0
+    sides, shrink = sides_of(aspect), 1.0
     while True:
         things: list[Thing] = []
         for name in names:
             size = rng.uniform(low, max(low, high * shrink))
-            x, y = (rng.uniform(0.53 * size, side - 0.53 * size) for side in (width, height))
+            x, y = (rng.uniform(MARGIN * size, side - MARGIN * size) for side in sides)
             mirror, angle = rng.random() < 0.5, rng.uniform(-TURN, TURN)
             things.append(Thing(name, x, y, size, mirror, angle))
         if all(apart(*pair) for pair in combinations(things, 2)):
             return Scene(tuple(things), background)
         shrink = max(0.0, shrink - 0.01)  # small things find room at last
+
+
+def sides_of(aspect: float) -> tuple[float, float]:
+    """Width and height of a picture; the shorter one is 1."""
+    return max(aspect, 1.0), max(1 / aspect, 1.0)
 
 
 def apart(one: Thing, other: Thing) -> bool:

@@ -60,7 +60,7 @@ class Trainer:
         self.parts["optimiser"] = self.optimiser
 
     def choose(self, step: int, data: Sequence[Latents]) -> Choice:
-        """What a step is made on: scenes of one of the files, and which caption of each."""
+        """What a step is made on: scenes of one of the files, a caption and the layout of each."""
         rng = random.Random(f"train/{self.plan.seed}/{step}")
         which = rng.randrange(len(data))
         file = data[which]
@@ -70,7 +70,7 @@ class Trainer:
             k = rng.randrange(CAPTIONS)
             captions.append(-1 if rng.random() < EMPTY else CAPTIONS * slot + k)
             text = scene_caption(scene, int(file.numbers[slot]), k)
-            codes.append(layout_codes(scene, text, file.size[1] / file.size[0], rng))
+            codes.append(layout_codes(scene, text, file.aspect, rng))
         return Choice(which, slots, captions, codes, rng.getrandbits(63))
 
     def step(
