@@ -660,6 +660,26 @@ def test_text_encoders_learn_first_and_training_starts_from_them(family, run, pa
         assert torch.equal(value, networks[name]), name
 
 
+@pytest.mark.parametrize(
+    ("said", "above", "answers"),  # 0 is the apple, 3 the owl
+    [
+        ("a red apple and an owl on a teal background", 0, {"first": 0, "second": 3}),
+        ("an owl below a red apple", 0, {"first": 3, "second": 0, "above": 0, "below": 3}),
+        ("a red apple below an owl", 3, {"first": 0, "second": 3, "above": 3, "below": 0}),
+        ("two owls on a teal background", 3, {"first": 3, "second": 3}),
+    ],
+)
+def test_a_caption_answers_who_is_first_and_who_is_where(said, above, answers):
+    below = 3 if above == 0 or "two" in said else 0
+    things = [
+        Thing(TINY_NAMES[i], 0.5, y, 0.4, False, 0.0) for i, y in ((below, 0.8), (above, 0.2))
+    ]
+    scene = Scene(tuple(things), Background("plain", ("teal",)))
+    table = text.answers(scene, said, {name: i for i, name in enumerate(TINY_NAMES)})
+    found = {text.QUESTIONS[question]: name for question, name in table.nonzero().tolist()}
+    assert found == answers and table.sum() == len(answers)
+
+
 def test_choosing_ahead_changes_nothing(family, run, packages):
     kinds = [trained(family, run, packages, PLAN, renew=0)]
     (run / family / "checkpoint.pt").unlink()

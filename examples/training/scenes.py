@@ -51,7 +51,7 @@ COLOURS = {
 }
 TEXTURES = ("striped", "dotted", "checkered")
 # how many things, how many of them of one name, how often
-GROUPS = {(1, 1): 0.55, (2, 1): 0.27, (2, 2): 0.08, (3, 1): 0.07, (3, 3): 0.03}
+GROUPS = {(1, 1): 0.4, (2, 1): 0.38, (2, 2): 0.1, (3, 1): 0.08, (3, 3): 0.04}
 SIZES = {1: (0.6, 0.75), 2: (0.42, 0.5), 3: (0.34, 0.4)}  # smallest and largest thing
 TURN = 5.0  # degrees either way
 MARGIN = 0.53  # from a thing's centre to the edge of the picture, at least, by its size
