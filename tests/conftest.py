@@ -14,6 +14,8 @@ from minidit.lumina2 import Lumina2, Lumina2Config
 from minidit.mmdit import MMDiT, MMDiTConfig
 from minidit.nextdit import NextDiT, NextDiTConfig
 
+pytest_plugins = ["training_runs"]  # fixtures of test_train*.py
+
 GOLDENS = Path(__file__).parent / "goldens"
 
 
