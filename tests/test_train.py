@@ -37,6 +37,7 @@ from training import (
     text,
     transformer,
 )
+from training.layout import SIGMA
 from training.scenes import Background, Scene, Sprites, Thing
 from weights.load import load_component
 
@@ -142,9 +143,24 @@ def test_training_lowers_the_loss(family, run):
 
 
 def test_noise_levels_lean_towards_noise():
-    levels = transformer.noise_levels(4000, torch.Generator().manual_seed(0))
+    levels = transformer.noise_levels(8000, torch.Generator().manual_seed(0))
+    evenly, levels = levels.chunk(2)  # LAYOUT is a half
     assert levels.median() == pytest.approx(0.75, abs=0.01)  # of 0.5, shifted by 3
     assert 0 < levels.min() < 0.3 and 0.95 < levels.max() < 1
+    assert SIGMA < evenly.min() and evenly.max() < 1
+    assert evenly.mean() == pytest.approx((1 + SIGMA) / 2, abs=0.01)
+
+
+def test_an_empty_caption_leaves_the_layout_to_the_noise(family, run, monkeypatch):
+    monkeypatch.setattr(transformer, "EMPTY", 1.0)
+    monkeypatch.setitem(scenes.GROUPS, (1, 1), 0)
+    trainer, _ = new_trainer(family, run, replace(PLAN, batch=16))
+    data = latents.Latents(run / "data", 64, 64, TINY_NAMES)
+    choice = trainer.choose(0, [data])
+    assert set(choice.captions) == {-1}
+    for slot, codes in zip(choice.slots, choice.codes, strict=True):
+        things = data.scene(int(data.numbers[slot])).things
+        assert len(things) == 3 or not np.isnan(codes[4:6]).any()
 
 
 def test_every_parameter_of_the_transformer_is_trained(family, run):

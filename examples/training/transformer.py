@@ -22,12 +22,13 @@ from pictures import save as save_image
 from pictures import sheet
 from training import models
 from training.latents import CAPTIONS, Latents, Texts, scene_caption
-from training.layout import layout_codes, write_layout
+from training.layout import SIGMA, layout_codes, write_layout
 from training.loop import Loop, ahead, follow
 from training.optim import Optimiser, Plan, autocast, plain_attention_on
 from training.scenes import Sprites
 
 SHIFT = 3.0  # of training's noise levels, towards noise: where the caption decides
+LAYOUT = 0.5  # share of them that lie evenly where the noise says the layout
 EMPTY = 0.1  # share of captions left empty, for guidance
 RENEWALS = 50  # steps between renewals of the data files
 
@@ -67,9 +68,9 @@ class Trainer:
         slots, scenes = file.choose(self.plan.batch, rng, self.most)
         captions, codes = [], []
         for slot, scene in zip(slots, scenes, strict=True):
-            k = rng.randrange(CAPTIONS)
-            captions.append(-1 if rng.random() < EMPTY else CAPTIONS * slot + k)
-            text = scene_caption(scene, int(file.numbers[slot]), k)
+            k, empty = rng.randrange(CAPTIONS), rng.random() < EMPTY
+            captions.append(-1 if empty else CAPTIONS * slot + k)
+            text = "" if empty else scene_caption(scene, int(file.numbers[slot]), k)
             codes.append(layout_codes(scene, text, file.aspect, rng))
         return Choice(which, slots, captions, codes, rng.getrandbits(63))
 
@@ -103,9 +104,12 @@ class Trainer:
 
 
 def noise_levels(count: int, generator: torch.Generator) -> Tensor:
-    """(count,) in (0, 1): logit-normal as SD3's, moved towards noise."""
+    """(count,) in (0, 1): logit-normal as SD3's, moved towards noise, and the first of them
+    evenly above SIGMA."""
     normal = torch.randn(count, generator=generator, device=generator.device)
-    return shifted(normal.sigmoid(), SHIFT)
+    evenly = SIGMA + (1 - SIGMA) * torch.rand(count, generator=generator, device=generator.device)
+    first = torch.arange(count, device=generator.device) < LAYOUT * count
+    return torch.where(first, evenly, shifted(normal.sigmoid(), SHIFT))
 
 
 def train(
