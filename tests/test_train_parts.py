@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,12 +10,7 @@ import torch
 from training_runs import CPU, REAL_VAE, TINY_VAE, assert_equal, interrupted
 
 from minidit.vae import AutoencoderKL
-from training import (
-    models,
-    optim,
-    scenes,
-    vae,
-)
+from training import loop, models, optim, scenes, vae
 from training.scenes import Sprites
 from weights.load import load_component
 
@@ -83,6 +79,19 @@ def test_learning_rate(steps, cooldown, expected):
     plan = optim.Plan(steps=steps, batch=1, warmup=2, cooldown=cooldown)
     assert plan.rate(0) == 0.5 and plan.rate(1) == 1.0
     assert plan.rate(8) == expected
+
+
+@pytest.mark.parametrize(
+    ("first", "count", "expected"),
+    [(0, 1, 1.0), (1000, 100, 1 - (1001 / 1101) ** 8), (10**6, 500, 1 - 1 / math.e)],
+)
+def test_the_average_follows_by_a_tenth_of_the_steps_or_500(first, count, expected):
+    average, network = (torch.nn.Linear(1, 1, bias=False) for _ in range(2))
+    torch.nn.init.zeros_(average.requires_grad_(False).weight)
+    torch.nn.init.ones_(network.weight)
+    for step in range(first, first + count):
+        loop.follow(average, network, step)
+    assert average.weight.item() == pytest.approx(expected, abs=2e-3)
 
 
 def test_positions_run_from_edge_to_edge_at_every_size(run):

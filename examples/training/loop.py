@@ -99,6 +99,7 @@ def save(state: Any, path: Path) -> None:
 
 @torch.no_grad()
 def follow(average: nn.Module, network: nn.Module, step: int) -> None:
-    """Move an average over about the last tenth of a run, however long (Karras et al. 2024)."""
-    weight = min(1.0, 8 / (step + 2))
+    """Move an average over about the last tenth of a run (Karras et al. 2024), at most over some
+    500 steps: those before may have been made on smaller pictures."""
+    weight = max(0.002, min(1.0, 8 / (step + 2)))
     torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), weight)
