@@ -15,6 +15,7 @@ from training_runs import (
     CPU,
     PLAN,
     REAL_NAMES,
+    SMALL,
     TINY_NAMES,
     assert_equal,
     command,
@@ -41,10 +42,7 @@ from training.layout import SIGMA
 from training.scenes import Background, Scene, Sprites, Thing
 from weights.load import load_component
 
-pytestmark = [
-    pytest.mark.usefixtures("float32", "tiny"),
-    pytest.mark.filterwarnings("ignore:prompt has"),  # tiny vocabularies spell most by letters
-]
+pytestmark = SMALL
 
 
 @pytest.fixture(params=["sd3", "lumina"])

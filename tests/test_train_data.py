@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from training_runs import REAL_NAMES, TINY_NAMES, one_thing
+from training_runs import REAL_NAMES, SMALL, TINY_NAMES, one_thing
 
 from training import (
     latents,
@@ -21,10 +21,7 @@ from training import (
 from training.scenes import Background, Name, Scene, Sprites, Thing
 from weights.load import load_component
 
-pytestmark = [
-    pytest.mark.usefixtures("float32", "tiny"),
-    pytest.mark.filterwarnings("ignore:prompt has"),  # tiny vocabularies spell most by letters
-]
+pytestmark = SMALL
 
 
 # ---------------------------------------------------------------- names and combinations

@@ -18,10 +18,9 @@ from training.layout import (
     SIGMA,
     layout_codes,
     read_layout,
-    spoken,
     write_layout,
 )
-from training.scenes import SIZES, Background, Name, Scene, Thing
+from training.scenes import SIZES, Background, Name, Scene, Thing, spoken
 
 APPLE, FOX = Name("red apple", "red apples"), Name("fox", "foxes")
 PLAIN = Background("plain", ("teal",))

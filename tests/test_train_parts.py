@@ -7,17 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from training_runs import CPU, REAL_VAE, TINY_VAE, assert_equal, interrupted
+from training_runs import CPU, REAL_VAE, SMALL, TINY_VAE, assert_equal, interrupted
 
 from minidit.vae import AutoencoderKL
 from training import loop, models, optim, scenes, vae
 from training.scenes import Sprites
 from weights.load import load_component
 
-pytestmark = [
-    pytest.mark.usefixtures("float32", "tiny"),
-    pytest.mark.filterwarnings("ignore:prompt has"),  # tiny vocabularies spell most by letters
-]
+pytestmark = SMALL
 
 
 # ---------------------------------------------------------------- optimiser and positions

@@ -44,6 +44,10 @@ NAMES = {
 TINY_NAMES = [Name(name, "" if name == "grapes" else f"{name}s") for name, _ in NAMES.values()]
 REAL_NAMES = scenes.read_names
 CPU = torch.device("cpu")
+SMALL = [
+    pytest.mark.usefixtures("float32", "tiny"),
+    pytest.mark.filterwarnings("ignore:prompt has"),  # tiny vocabularies spell most by letters
+]
 
 
 @pytest.fixture(scope="module")

@@ -37,8 +37,9 @@ from training.scenes import (
     Scene,
     Thing,
     compose,
-    relation,
+    said_place,
     sides_of,
+    spoken,
 )
 
 SIGMA = 0.8  # noise says where things are above this level
@@ -74,8 +75,7 @@ def layout_codes(scene: Scene, text: str, aspect: float, rng: random.Random) -> 
         near = sorted(pair[1] for pair in pairs[max(0, rank - 150) : rank + 150])
         codes[2] = quantile(bisect(near, distance) + 0.5, 0, len(near) + 1, rng)
         first, second = spoken(scene.things, text)
-        words = relation(first, second)
-        if not (words and f" {words} " in text):
+        if not said_place(first, second, text):
             turn = 2 * math.pi * rank / len(pairs)  # half a turn of the pair is a whole one here
             length = math.sqrt(-2 * math.log(1 - rng.random()))  # of a Gaussian in the plane
             codes[4], codes[5] = -length * math.cos(turn), -length * math.sin(turn)
@@ -94,12 +94,6 @@ def place(things: list[Thing], aspect: float, rng: random.Random) -> list[float]
         high = min(side - margin - middle for middle, margin in at)
         found.append(quantile(0.0, low, high, rng))
     return found
-
-
-def spoken(things: tuple[Thing, ...], text: str) -> list[Thing]:
-    """The things in the order in which the text names them; a name may begin with another."""
-    text = text.lower()
-    return sorted(things, key=lambda one: (text.find(one.name.text.lower()), -len(one.name.text)))
 
 
 def quantile(value: float, low: float, high: float, rng: random.Random) -> float:

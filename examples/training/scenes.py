@@ -283,6 +283,18 @@ def relation(one: Thing, other: Thing) -> str | None:
     return None
 
 
+def spoken(things: tuple[Thing, ...], text: str) -> list[Thing]:
+    """The things in the order in which the text names them; a name may begin with another."""
+    text = text.lower()
+    return sorted(things, key=lambda one: (text.find(one.name.text.lower()), -len(one.name.text)))
+
+
+def said_place(one: Thing, other: Thing, text: str) -> str | None:
+    """Where one thing is, seen from the other, if the text says it."""
+    words = relation(one, other)
+    return words if words and f" {words} " in text else None
+
+
 # ---------------------------------------------------------------- what it looks like
 
 

@@ -15,16 +15,26 @@ from torch import Tensor, nn
 
 from training import models
 from training.latents import Latents
-from training.layout import spoken
 from training.loop import Loop, ahead, save
 from training.optim import Optimiser, Plan, autocast, plain_attention_on
-from training.scenes import Background, Name, Scene, Sprites, Thing, caption, draw, relation
+from training.scenes import (
+    Background,
+    Name,
+    Scene,
+    Sprites,
+    Thing,
+    caption,
+    draw,
+    relation,
+    said_place,
+    spoken,
+)
 from training.vae import encode_images
 from training.vocabulary import write_tokenizers
 
 GRID = 8  # side of the thumbnails
 # what is asked of a caption's tokens: which thing is named when, and which is said to be where
-QUESTIONS = ("first", "second", "third", "left", "right", "above", "below")
+QUESTIONS = ("first", "second", "third", "to the left of", "to the right of", "above", "below")
 
 
 def train_text(
@@ -52,11 +62,10 @@ def train_text(
     seen = portraits(pipe.vae, sprites)  # (N, 64 * C)
     numbers = {name: i for i, name in enumerate(sprites.names)}
     channels = data.array.shape[1]
-    views, tokens = text_views(pipe.encode([""])), text_tokens(pipe.encode([""]))
-    size = GRID**2 * channels
-    heads = [nn.Linear(view.shape[1], 2 * size) for view in views]
-    heads += [Answers(one.shape[2], size) for one, _ in tokens]
-    heads = nn.ModuleList(heads).to(device)
+    cond, size = pipe.encode([""]), GRID**2 * channels
+    draw_heads = nn.ModuleList(nn.Linear(view.shape[1], 2 * size) for view in text_views(cond))
+    tell_heads = nn.ModuleList(Answers(tokens.shape[2], size) for tokens, _ in text_tokens(cond))
+    heads = nn.ModuleList((draw_heads, tell_heads)).to(device)
     optimiser = Optimiser([*encoders.named_parameters(), *heads.named_parameters()])
     parts = {"encoders": encoders, "heads": heads, "optimiser": optimiser}
     loop = Loop(run / family / "text-checkpoint.pt", plan.steps, parts, save_minutes)
@@ -75,15 +84,18 @@ def train_text(
         told = asked.to(device) @ seen  # (B, Q, 64 * C)
         with autocast(device), plain_attention_on(device):
             cond = pipe.encode(captions)
-            views, tokens = text_views(cond), text_tokens(cond)
-            drawn = [head(view) for head, view in zip(heads, views, strict=False)]
-            said = [head(*one) for head, one in zip(heads[len(views) :], tokens, strict=True)]
-        loss = sum(F.mse_loss(one.float(), target) for one in drawn) / len(drawn)
-        loss = loss + sum(F.mse_loss(one.float(), told) for one in said) / len(said)
+            drawn = [head(x) for head, x in zip(draw_heads, text_views(cond), strict=True)]
+            said = [head(*x) for head, x in zip(tell_heads, text_tokens(cond), strict=True)]
+        loss = mean_error(drawn, target) + mean_error(said, told)
         loss.backward()
         optimiser.step(plan, step)
         loop.log(loss)
     save(encoders.state_dict(), run / family / "text.pt")
+
+
+def mean_error(found: Sequence[Tensor], target: Tensor) -> Tensor:
+    """The mean of the squared errors of several tensors."""
+    return sum(F.mse_loss(one.float(), target) for one in found) / len(found)
 
 
 class Answers(nn.Module):
@@ -95,12 +107,12 @@ class Answers(nn.Module):
         self.key, self.value = nn.Linear(width, width), nn.Linear(width, width)
         self.portrait = nn.Linear(width, size)
 
-    def forward(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """tokens (B, L, width), mask (B, L) -> (B, Q, size)."""
         tokens = F.layer_norm(tokens, tokens.shape[2:])
         questions = self.questions.expand(len(tokens), 1, -1, -1)  # (B, 1, Q, width), one head
         key, value = (one(tokens)[:, None] for one in (self.key, self.value))  # (B, 1, L, width)
-        mask = mask if mask is None else mask[:, None, None].bool()  # (B, 1, 1, L)
+        mask = mask[:, None, None].bool()  # (B, 1, 1, L)
         found = F.scaled_dot_product_attention(questions, key, value, attn_mask=mask)
         return self.portrait(found[:, 0])
 
@@ -110,10 +122,8 @@ def answers(scene: Scene, text: str, numbers: dict[Name, int]) -> Tensor:
     the caption doesn't say."""
     things = spoken(scene.things, text)
     named = dict(zip(QUESTIONS, things, strict=False))
-    if len(things) == 2 and (words := relation(*things)) and f" {words} " in text:
-        where = words.split()[-2] if " " in words else words
-        other = {"left": "right", "right": "left", "above": "below", "below": "above"}[where]
-        named |= {where: things[0], other: things[1]}
+    if len(things) == 2 and (words := said_place(*things, text)):
+        named |= {words: things[0], relation(*things[::-1]): things[1]}
     table = torch.zeros(len(QUESTIONS), len(numbers))
     for row, question in zip(table, QUESTIONS, strict=True):
         if question in named:
@@ -140,16 +150,16 @@ def shares(scenes: Sequence[Scene], numbers: dict[Name, int]) -> Tensor:
 
 
 def text_views(cond: dict[str, Tensor]) -> list[Tensor]:
-    """The conditioning as vectors (B, size): SD3's pooled state and the mean of each window, or
-    the mean of Lumina's states."""
-    if "pooled" in cond:
-        return [cond["pooled"], *(half.mean(dim=1) for half in cond["context"].chunk(2, dim=1))]
-    mask = cond["context_mask"][..., None]  # (B, L, 1)
-    return [(cond["context"] * mask).sum(dim=1) / mask.sum(dim=1)]
+    """The conditioning as vectors (B, size): SD3's pooled state, and means of `text_tokens`."""
+    pooled = [cond["pooled"]] if "pooled" in cond else []
+    means = [(x * m[..., None]).sum(1) / m.sum(1, keepdim=True) for x, m in text_tokens(cond)]
+    return pooled + means
 
 
-def text_tokens(cond: dict[str, Tensor]) -> list[tuple[Tensor, Tensor | None]]:
-    """The conditioning as tokens (B, L, width) and what of them is text (B, L), None for all."""
+def text_tokens(cond: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """The conditioning as tokens (B, L, width), of SD3 its two windows, and which of them are read,
+    (B, L)."""
     if "pooled" in cond:
-        return [(half, None) for half in cond["context"].chunk(2, dim=1)]
+        halves = cond["context"].chunk(2, dim=1)
+        return [(half, half.new_ones(half.shape[:2])) for half in halves]
     return [(cond["context"], cond["context_mask"])]
