@@ -2,7 +2,7 @@
 
     python examples/benchmark.py                                  # SD3-medium's width, 2 layers
     python examples/benchmark.py --family lumina --layers 2 --size 1024 --dtype bfloat16
-    python examples/benchmark.py --layers 24 --device cuda --dtype float16
+    python examples/benchmark.py --layers 24 --device cuda --dtype float16 --compile
     python examples/benchmark.py --run                            # whole runs instead of steps
 
 Random weights at true width: time and memory do not depend on what the weights say. Dense and
@@ -70,6 +70,7 @@ def main() -> None:
     print(
         f"{args.family}, {args.layers} layers, {args.size} px, batch {args.batch}, {dtype}, "
         f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        + (", compiled" if args.compile else "")
     )
     if args.run:
         time_runs(step, args.repeats or 1)
@@ -80,6 +81,8 @@ def main() -> None:
 def time_runs(step: Step, repeats: int) -> None:
     """Print the seconds of whole runs, and their share of the official run's."""
     step.run(1.0)  # warms up
+    for how in RUNS.values() if step.compiled else ():
+        step.draw(*how)
     times = {name: [] for name in RUNS}
     for _ in range(repeats):
         for name, how in RUNS.items():
@@ -96,10 +99,11 @@ def time_steps(step: Step, args: argparse.Namespace, repeats: int) -> None:
     """Print the milliseconds of a dense step and of regional ones, and their share of it."""
     flops = {ratio: count_flops(args, ratio) for ratio in [1.0, *args.ratios]}
     rounds = {ratio: [] for ratio in flops}
-    for _ in range(1 + repeats):
+    warm = 3 if step.compiled else 1
+    for _ in range(warm + repeats):
         for ratio, seconds in rounds.items():  # the dense step comes first and fills the cache
             seconds.append(step.run(ratio))
-    times = {ratio: median(seconds[1:]) for ratio, seconds in rounds.items()}  # the first warms up
+    times = {ratio: median(seconds[warm:]) for ratio, seconds in rounds.items()}
     print(f"cache: {step.cache.nbytes / 2**20:.1f} MiB for {step.tokens} image tokens")
     print("active   ms/step   time share   FLOP share   time / FLOP")
     for ratio, seconds in times.items():
@@ -117,6 +121,7 @@ def parse_args() -> argparse.Namespace:
     add("--ratios", type=float, nargs="+", default=[0.75, 0.5, 0.25, 0.125])
     add("--repeats", type=int, help="5 if not given, of whole runs 1")
     add("--run", action="store_true", help="time whole runs instead of steps")
+    add("--compile", action="store_true", help="the blocks, with torch.compile")
     cli.add_device_options(parser)
     args = parser.parse_args()
     if args.size < 16 or args.size % 16:
@@ -150,6 +155,10 @@ class Step:
 
     def __init__(self, args, device: torch.device, dtype: torch.dtype) -> None:
         self.model = build(args.family, args.layers, device, dtype)
+        self.compiled = args.compile and device.type != "meta"
+        for block in self.model.modules() if self.compiled else ():
+            if type(block).__name__.endswith("Block"):
+                block.compile()
         config, side, B = self.model.config, args.size // 8, args.batch
         self.device, self.cache = device, KVCache()
         self.tokens = (side // config.patch_size) ** 2

@@ -93,7 +93,7 @@ def train_classifier(
     for step, (pictures, cells) in zip(loop, composed, strict=False):
         target = torch.from_numpy(cells)  # (B, 16, 16)
         with autocast(device):
-            logits = network(to_pixels(pictures).to(device))  # (B, 1 + N, 16, 16)
+            logits = network(to_pixels(pictures, device))  # (B, 1 + N, 16, 16)
         loss = F.cross_entropy(logits.float(), target.to(device), ignore_index=-1)
         loss.backward()
         optimiser.step(plan, step)
@@ -119,7 +119,7 @@ def look(network: Classifier, image: Image.Image) -> Seen:
     width, height = (round(length * factor / 8) * 8 for length in image.size)
     small = image.resize((width, height), Image.Resampling.LANCZOS)
     device = network.head.weight.device
-    logits = network(to_pixels(np.array(small)[None]).to(device))[0].float().cpu()
+    logits = network(to_pixels(np.array(small)[None], device))[0].float().cpu()
     shares = logits.softmax(dim=0)  # (1 + N, h, w)
     named = shares[1:].flatten(1)  # (N, h * w)
     y, x = torch.meshgrid(*(torch.arange(n) + 0.5 for n in shares.shape[1:]), indexing="ij")

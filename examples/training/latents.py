@@ -137,9 +137,9 @@ class Texts:
             for name, x in self._encoded(texts).items():
                 self.rows[name][torch.from_numpy(rows)] = x
 
-    def of(self, rows: list[int]) -> dict[str, Tensor]:
-        """The conditioning of captions by their numbers: CAPTIONS * slot + 0 .. CAPTIONS - 1, or -1
-        for no text."""
+    def of(self, rows: Tensor) -> dict[str, Tensor]:
+        """The conditioning of captions by their numbers (B,): CAPTIONS * slot + 0 .. CAPTIONS - 1,
+        or -1 for no text."""
         found = {name: x[rows] for name, x in self.rows.items()}
         return {n: x.float() if x.is_floating_point() else x for n, x in found.items()}
 

@@ -23,7 +23,7 @@ from minidit.t5 import T5Config, T5Encoder
 from minidit.vae import AutoencoderKL, VAEConfig
 from weights.load import load_component
 
-PIXELS = {"lumina": 320, "sd3": 256}  # the size that each model is made for
+PIXELS = {"lumina": 384, "sd3": 256}  # the size that each model is made for
 MOST = {"lumina": 3, "sd3": 2}  # things in a picture
 WINDOW = 32  # text tokens of each tokenizer of SD3
 TABLE = 32  # side of SD3's position table, in tokens
@@ -106,7 +106,7 @@ def sd3_networks(clip_vocab: int, t5_vocab: int) -> list[nn.Module]:
 
 
 def lumina_networks(gemma_vocab: int) -> list[nn.Module]:
-    """Next-DiT and Gemma in small: as many layers as our SD3, wider, for it has one stream."""
+    """Next-DiT and Gemma in small: wider and deeper than our SD3, for it has one stream."""
     width, text = 320, 256
     transformer = NextDiT(
         NextDiTConfig(
@@ -114,7 +114,7 @@ def lumina_networks(gemma_vocab: int) -> list[nn.Module]:
             patch_size=2,
             in_channels=VAE.latent_channels,
             hidden_size=width,
-            num_layers=6,
+            num_layers=8,
             num_attention_heads=4,
             num_kv_heads=2,
             multiple_of=64,

@@ -24,7 +24,7 @@ from training import models
 from training.latents import CAPTIONS, Latents, Texts, scene_caption
 from training.layout import SIGMA, layout_codes, write_layout
 from training.loop import Loop, ahead, follow
-from training.optim import Optimiser, Plan, autocast, plain_attention_on
+from training.optim import Optimiser, Plan, Recorded, autocast, plain_attention_on, sent
 from training.scenes import Sprites
 
 SHIFT = 3.0  # of training's noise levels, towards noise: where the caption decides
@@ -59,11 +59,14 @@ class Trainer:
         self.optimiser = Optimiser(self.networks.named_parameters())
         self.parts = {"networks": self.networks, "average": self.average}
         self.parts["optimiser"] = self.optimiser
+        self.gradients = self.backward
+        if self.device.type == "cuda":
+            self.gradients = Recorded(self.backward, self.pipe.transformer.parameters())
 
     def choose(self, step: int, data: Sequence[Latents]) -> Choice:
         """What a step is made on: scenes of one of the files, a caption and the layout of each."""
         rng = random.Random(f"train/{self.plan.seed}/{step}")
-        which = rng.randrange(len(data))
+        which = rng.choices(range(len(data)), [len(file) for file in data])[0]
         file = data[which]
         slots, scenes = file.choose(self.plan.batch, rng, self.most)
         captions, codes = [], []
@@ -79,24 +82,32 @@ class Trainer:
     ) -> Tensor:
         """One update; returns its loss."""
         generator = torch.Generator(self.device).manual_seed(choice.seed)
-        clean = data[choice.which].tensor[choice.slots].float()  # (B, C, h, w)
+        clean = data[choice.which].tensor[sent(choice.slots, self.device)].float()  # (B, C, h, w)
         noise = torch.randn(clean.shape, generator=generator, device=self.device)
         sigma = noise_levels(len(clean), generator)
-        noise = write_layout(noise, noise.new_tensor(choice.codes), sigma)
+        noise = write_layout(noise, sent(choice.codes, self.device), sigma)
         noisy = torch.lerp(clean, noise, sigma[:, None, None, None])
-        cond = texts[choice.which].of(choice.captions)
-        with autocast(self.device), plain_attention_on(self.device):
-            velocity = self.pipe.transformer(noisy, sigma, **cond)
-        loss = F.mse_loss(velocity.float(), noise - clean)
-        loss.backward()
+        cond = texts[choice.which].of(sent(choice.captions, self.device))
+        loss = self.gradients(velocity=noise - clean, latents=noisy, sigma=sigma, **cond)
         self.optimiser.step(self.plan, step)
         follow(self.average, self.networks, step)
         return loss
 
+    def backward(self, velocity: Tensor, **inputs: Tensor) -> Tensor:
+        """Leaves the gradients of the velocity's mean squared error, which it returns."""
+        with autocast(self.device), plain_attention_on(self.device):
+            found = self.pipe.transformer(**inputs)
+        loss = F.mse_loss(found.float(), velocity)
+        loss.backward()
+        return loss.detach()
+
     def compile(self) -> None:
         """Compile the transformer's blocks, which are alike: one of them is compiled for all."""
-        for block in self.pipe.transformer.blocks:
-            block.compile()
+        network = self.pipe.transformer
+        for block in network.blocks:
+            block.compile(dynamic=False)
+        # under autocast it would give the first block, and that one alone, half precision
+        network.patch_embed.register_forward_hook(lambda _, given, made: made.float())
 
     def averaged(self) -> Any:
         """The pipeline with the averaged networks, for drawing."""

@@ -55,7 +55,7 @@ def train_vae(
     composed = ahead(lambda step: crops(sprites, plan.batch, chance(step)), loop.left, workers)
     for step, shown in zip(loop, composed, strict=False):
         generator = torch.Generator().manual_seed(chance(step).getrandbits(63))
-        images = to_pixels(shown).to(device)
+        images = to_pixels(shown, device)
         with autocast(device):
             mean, logvar = (x.float() for x in vae.moments(images))  # (B, C, h, w) each
             noise = torch.randn(mean.shape, generator=generator).to(device)
@@ -196,9 +196,9 @@ def encode_images(vae: nn.Module, images: np.ndarray) -> Tensor:
     """uint8 (B, H, W, 3) -> float32 latents (B, C, H/8, W/8) on the network's device."""
     device = next(vae.parameters()).device
     with autocast(device):
-        return vae.encode(to_pixels(images).to(device)).float()
+        return vae.encode(to_pixels(images, device)).float()
 
 
-def to_pixels(images: np.ndarray) -> Tensor:
+def to_pixels(images: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
     """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1], channels last in memory."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
