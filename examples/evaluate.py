@@ -36,15 +36,15 @@ import rivals
 from pictures import check_plot
 from ras import RASConfig, Upstream
 
-PROMPTS = (
-    "red apple on a sky blue background",
-    "panda on a pink background",
-    "grinning face on a white background",
-    "pizza on a teal background",
-    "tiger face on a lavender background",
-    "strawberry on a yellow background",
-    "smiling face with sunglasses on a navy blue background",
-    "penguin on a red background",
+PROMPTS = (  # one thing or two, what is drawn is left to the noise or said
+    "a red apple on a sky blue background",
+    "a panda on a pink background",
+    "a hamburger on a black background",
+    "a unicorn on a purple to pink gradient background",
+    "a fox to the left of a red apple on a teal background",
+    "two penguins on a red background",
+    "a tiger face and a cactus on a lavender background",
+    "a strawberry above a cupcake on a yellow background",
 )
 
 

@@ -102,11 +102,11 @@ class NextDiTConfig:
 class NextDiT(nn.Module):
     """The velocity of Lumina-Next as a function of noisy latents, noise level and prompt."""
 
-    guided_channels = 3  # as in the official code, guidance leaves the fourth latent channel
-
     def __init__(self, config: NextDiTConfig) -> None:
         super().__init__()
         self.config = c = checks.instance("config", config, NextDiTConfig)
+        # as in the official code, guidance leaves the fourth channel of SDXL's latents
+        self.guided_channels = 3 if c.in_channels == 4 else None
         C, P = c.hidden_size, c.patch_size
         self.patch_embed = nn.Linear(P * P * c.in_channels, C)
         # fills up batches of unequal sizes in the official code; kept so that files load whole

@@ -138,8 +138,11 @@ def test_watershed_compares_with_one_minus_sigma():
         assert not velocity.equal(model(latents, sigma, **cond, scaling_watershed=1 - same_as))
 
 
-def test_guidance_leaves_the_fourth_channel():
-    assert NextDiT.guided_channels == 3
+@pytest.mark.parametrize(("channels", "guided"), [(4, 3), (16, None)])
+def test_guidance_leaves_the_fourth_of_four_channels(channels, guided):
+    with torch.device("meta"):
+        model = NextDiT(NextDiTConfig(num_layers=1, in_channels=channels))
+    assert model.guided_channels == guided
 
 
 def test_attention_scale_of_the_official_size():

@@ -130,9 +130,7 @@ class Recorded:
     CUDA graph, once for each shape of its arguments, so that a call starts one graph instead of a
     thousand small kernels."""
 
-    def __init__(
-        self, function: Callable[..., Tensor], parameters: Iterable[nn.Parameter]
-    ) -> None:
+    def __init__(self, function: Callable[..., Tensor], parameters: Iterable[nn.Parameter]) -> None:
         self.function = function
         self.parameters = [p for p in parameters if p.requires_grad]
         self.graphs: dict[Any, tuple[Any, dict[str, Tensor], Tensor, list[Tensor]]] = {}

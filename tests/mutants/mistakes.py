@@ -551,7 +551,7 @@ MISTAKES: dict[str, tuple[str, list[tuple[str, str]]]] = {
             ),
             ("text_out = attention(q, k, v, mask=mask)", "text_out = attention(q, k, v)"),
             ("gate = self.gate.tanh()", "gate = self.gate"),
-            ("guided_channels = 3", "guided_channels = None"),
+            ("3 if c.in_channels == 4 else None", "None"),
         ],
     ),
     "minidit/pipeline.py": (
