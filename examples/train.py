@@ -1,7 +1,7 @@
 """Train the embedded models: a small SD3 or Lumina-Next that draws scenes, all from nothing.
 
     npm install @lobehub/fluent-emoji-3d@1.1.0 unicode-emoji-json@0.9.0
-    python examples/train.py vae        --run runs                  # instead of weights/vae
+    python examples/train.py vae        --run runs                  # instead of ours
     python examples/train.py psnr       --run runs                  # how much it keeps
     python examples/train.py scenes     --run runs --sizes 128 256  # drawn and encoded ahead
     python examples/train.py classifier --run runs                  # to measure with
@@ -72,6 +72,7 @@ PROMPTS = (
     "a crown, a teddy bear and a balloon on a magenta background",
     "a camera on a brown background",
 )  # 13 of one thing, the rest of two or three
+TWO_AT_MOST = {"three": "two", "a crown, a teddy bear": "a teddy bear"}  # for a model of two things
 STEPS = {"vae": 2500, "text": 2000, "train": 20000, "classifier": 3000}
 BATCH = {"vae": 8, "text": 64, "train": 16, "classifier": 24}
 
@@ -113,7 +114,10 @@ def main() -> None:
             print(f"{width}x{height}: {vae_psnr(vae, pictures):.1f} dB of {args.count} scenes")
     elif args.command == "sheet":
         check_writable(args.out)
-        draw_sheet(minidit.load(args.model, device), PROMPTS, args.out)
+        pipe, prompts = minidit.load(args.model, device), "\n".join(PROMPTS)
+        for three, two in TWO_AT_MOST.items() if models.MOST.get(pipe.family) == 2 else ():
+            prompts = prompts.replace(three, two)
+        draw_sheet(pipe, prompts.split("\n"), args.out)
         print(f"wrote {args.out}")
     else:
         ras = RASConfig.preset(args.ras_preset) if args.ras_preset else None

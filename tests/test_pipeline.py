@@ -88,15 +88,15 @@ def test_golden(case, run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "guidance"), [("mini-sd3", 3.0), ("mini-lumina", 4.0)])
+@pytest.mark.parametrize(("model", "guidance"), [("mini-sd3", 3.0), ("mini-lumina", 1.0)])
 def test_embedded_model_draws_what_diffusers_draws_from_it(model, guidance):
     """12 steps at 256 px, float32; diffusers 0.38.0 loaded the same folder, and for mini-lumina was
-    given the embeddings of our token numbers (weights/README.md says why)."""
+    given the embeddings of our token numbers and no guidance (weights/README.md says why)."""
     initial = load_file(GOLDENS / "mini-sd3" / "expected.safetensors")["initial_latents"]
     expected = load_file(GOLDENS / model / "expected.safetensors")["final_latents"]
     prompts = [
-        "red apple on a sky blue background",
-        "smiling face with sunglasses on a navy blue background",
+        "a red apple on a sky blue background",
+        "a smiling face with sunglasses on a navy blue background",
     ]
     pipe = minidit.load(model)
     out = pipe(prompts, steps=12, guidance=guidance, latents=initial, solver="euler")

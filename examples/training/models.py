@@ -43,8 +43,9 @@ VAE = VAEConfig(
 
 
 def load_vae(run: Path) -> AutoencoderKL:
-    """The run's own autoencoder, where it has trained one, else the one in weights/vae."""
-    return load_component(run if (run / "vae").is_dir() else Path(weights.__file__).parent, "vae")
+    """The run's own autoencoder, where it has trained one, else that of the embedded models."""
+    embedded = Path(weights.__file__).with_name("mini-lumina")
+    return load_component(run if (run / "vae").is_dir() else embedded, "vae")
 
 
 def new_pipeline(family: str, run: Path, device: torch.device) -> Pipeline:

@@ -81,12 +81,15 @@ def train_text(
     for step, (slots, captions, share, asked) in zip(loop, chosen, strict=False):
         thumbnails = F.adaptive_avg_pool2d(data.tensor[slots].float(), GRID).flatten(1)
         target = torch.cat((thumbnails, share.to(device) @ seen), dim=1)  # (B, 2 * 64 * C)
-        told = asked.to(device) @ seen  # (B, Q, 64 * C)
+        told = asked.to(device) @ seen  # (B, Q, 64 * C), zero where the caption says nothing
+        said_so = asked.sum(2, keepdim=True).to(device)  # (B, Q, 1)
         with autocast(device), plain_attention_on(device):
             cond = pipe.encode(captions)
             drawn = [head(x) for head, x in zip(draw_heads, text_views(cond), strict=True)]
             said = [head(*x) for head, x in zip(tell_heads, text_tokens(cond), strict=True)]
-        loss = mean_error(drawn, target) + mean_error(said, told)
+            said = [answer * said_so for answer in said]
+        # of the answers' errors the mean over the questions that have one
+        loss = mean_error(drawn, target) + mean_error(said, told) / said_so.mean()
         loss.backward()
         optimiser.step(plan, step)
         loop.log(loss)

@@ -28,7 +28,7 @@ from training.optim import Optimiser, Plan, Recorded, autocast, plain_attention_
 from training.scenes import Sprites
 
 SHIFT = 3.0  # of training's noise levels, towards noise: where the caption decides
-LAYOUT = 0.5  # share of them that lie evenly where the noise says the layout
+LAYOUT = 0.4  # share of them that lie evenly where the noise says the layout
 EMPTY = 0.1  # share of captions left empty, for guidance
 RENEWALS = 50  # steps between renewals of the data files
 
