@@ -32,7 +32,7 @@ scenes() { # COUNT SIZES ...
   count=$(steps "$1")
   shift
   stage scenes scenes --sizes "$@" --count "$count" --workers "$workers"
-  touch "$run/log/$1.done"
+  for size; do touch "$run/log/$size.done"; done
 }
 wait_for() {
   until [ -e "$run/log/$1.done" ]; do
@@ -40,29 +40,30 @@ wait_for() {
     sleep 1
   done
 }
-lane() { # FAMILY, then STEPS BATCH SIZES for every size, the smallest first
+lane() { # FAMILY, then STEPS BATCH RATE SIZES for every size, the smallest first
   local family=$1 total=0 last
   shift
   wait_for 128
-  stage "$family" text --family "$family" --batch 128 --steps "$(steps 2000)" --workers 2
+  stage "$family" text --family "$family" --steps "$(steps 9600)" --workers 2
   while [ $# -gt 0 ]; do
     total=$((total + $(steps "$1")))
-    last=$([ $# -gt 3 ] && echo 0 || steps "$1") # the rate falls while pictures are largest
-    wait_for "${3%% *}"
+    last=$([ $# -gt 4 ] && echo 0 || steps "$1 * 0.85") # the rate falls while pictures are largest
+    wait_for "${4##* }"
     # shellcheck disable=SC2086
-    stage "$family" train --family "$family" --steps "$total" --batch "$2" --sizes $3 \
-      --cooldown "$last" --renew 0 --workers 3 --compile --sheet-minutes 0
-    shift 3
+    stage "$family" train --family "$family" --steps "$total" --batch "$2" --sizes $4 \
+      --muon-lr "$3" --adam-lr "${3}e-1" --cooldown "$last" --warmup 300 --renew 0 --workers 4 \
+      --compile --sheet-minutes 0
+    shift 4
   done
-  stage "$family" export --family "$family" --out "$run/mini-$family"
+  stage "$family" export --family "$family" --out "$run/mini-$family" --default-solver corrected
 }
 
-(scenes 16000 128 && scenes 40000 256 && scenes 24000 320 448x224 224x448) &
+(scenes 40000 128 && scenes 60000 256 && scenes 30000 384 && scenes 8000 512x256 256x512) &
 stage classifier classifier --batch 64 --steps "$(steps 3000)" --workers 4 &
 for family in $families; do
   case $family in
-    lumina) lane lumina 2000 256 128 8000 128 256 10000 64 "320 448x224 224x448" & ;;
-    sd3) lane sd3 2000 256 128 16000 128 256 & ;;
+    lumina) lane lumina 3000 256 0.02 128 3400 128 0.014 256 6900 64 0.012 "384 512x256 256x512" & ;;
+    sd3) lane sd3 400 256 0.02 128 12800 128 0.014 256 & ;;
   esac
 done
 wait

@@ -27,7 +27,7 @@ PIXELS = {"lumina": 384, "sd3": 256}  # the size that each model is made for
 MOST = {"lumina": 3, "sd3": 2}  # things in a picture
 WINDOW = 32  # text tokens of each tokenizer of SD3
 TABLE = 32  # side of SD3's position table, in tokens
-SCHEDULER = SchedulerConfig(shift=3.0, default_steps=24, default_guidance=4.0)
+SCHEDULER = SchedulerConfig(shift=3.0, default_steps=24, default_guidance=3.0)
 
 # SD3's VAE in small, narrow where pictures are large. Our Lumina-Next has the same one, not SDXL's
 # of 4 channels: it keeps more of the picture, and one training run serves both families.
