@@ -280,6 +280,17 @@ def test_sheet_draws_every_fixed_prompt(tmp_path, monkeypatch, capsys):
     assert f"wrote {out}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("model", "most"), [("pipe_lumina", 3), ("pipe_sd3", 2)])
+def test_a_sheet_asks_for_no_more_things_than_the_model_knows(model, most, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(train, "draw_sheet", lambda pipe, prompts, out: asked.extend(prompts))
+    out = tmp_path / "sheet.png"
+    command(monkeypatch, "sheet", "--model", str(GOLDENS / model), "--out", str(out))
+    assert len(asked) == len(train.PROMPTS)
+    three = [prompt for prompt in asked if "three" in prompt or ", a" in prompt]
+    assert len(three) == (2 if most == 3 else 0)
+
+
 def test_fixed_prompts_ask_for_things_that_are_known():
     known = [name.text for name in REAL_NAMES()]
     for prompt in train.PROMPTS:
