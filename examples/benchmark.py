@@ -99,7 +99,7 @@ def time_steps(step: Step, args: argparse.Namespace, repeats: int) -> None:
     """Print the milliseconds of a dense step and of regional ones, and their share of it."""
     flops = {ratio: count_flops(args, ratio) for ratio in [1.0, *args.ratios]}
     rounds = {ratio: [] for ratio in flops}
-    warm = 3 if step.compiled else 1
+    warm = 3 if step.compiled else 1  # rounds that are left out
     for _ in range(warm + repeats):
         for ratio, seconds in rounds.items():  # the dense step comes first and fills the cache
             seconds.append(step.run(ratio))
@@ -156,8 +156,8 @@ class Step:
     def __init__(self, args, device: torch.device, dtype: torch.dtype) -> None:
         self.model = build(args.family, args.layers, device, dtype)
         self.compiled = args.compile and device.type != "meta"
-        for block in self.model.modules() if self.compiled else ():
-            if type(block).__name__.endswith("Block"):
+        for blocks in self.model.children() if self.compiled else ():
+            for block in blocks if isinstance(blocks, torch.nn.ModuleList) else ():
                 block.compile()
         config, side, B = self.model.config, args.size // 8, args.batch
         self.device, self.cache = device, KVCache()

@@ -36,7 +36,7 @@ import rivals
 from pictures import check_plot
 from ras import RASConfig, Upstream
 
-PROMPTS = (  # one thing or two, what is drawn is left to the noise or said
+PROMPTS = (  # one thing or two, whose places are said or left to the noise
     "a red apple on a sky blue background",
     "a panda on a pink background",
     "a hamburger on a black background",
