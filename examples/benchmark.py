@@ -56,8 +56,8 @@ TEXT_TOKENS = {
 
 RUNS = {  # steps, solver, regions
     "official Euler": (28, "euler", None),
-    "corrected": (12, "corrected", None),
-    "corrected, regions": (12, "corrected", RASConfig()),
+    "corrected": (14, "corrected", None),
+    "corrected, regions": (14, "corrected", RASConfig()),
 }
 
 

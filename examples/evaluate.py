@@ -18,21 +18,19 @@ import cli  # isort: skip
 
 import argparse
 import json
-import math
 import re
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from statistics import mean, stdev
 
 import torch
 from safetensors.torch import load_file, save_file
 
 import minidit
 import rivals
+from curves import Curves, curves, draw_lines, gains, read, shared, table
 from pictures import check_plot
 from ras import RASConfig, Upstream
 
@@ -132,15 +130,29 @@ METHODS |= {
     for suffix, tokens in TOKENS.items()
 }
 
+CONTROL = "corrected"  # whole steps, which the others are to beat at equal cost
 GREY = "0.55"
-LINES = {  # what the plot shows, where no methods are named
-    "C0": ("corrected",),
-    "C1": ("ours", "ours, fresh keys", "ours, oracle's tokens"),
-    "C2": ("TaylorSeer, line", "TaylorSeer, line, regions", "TeaCache", "MagCache"),
-    "C3": ("paper", "official RAS"),
-    GREY: ("official Euler", "hold", "ours, random tokens", "ours, steps left out"),
+NEARNESS = {  # what the plot shows, and how, where no methods are named
+    CONTROL: "C0",
+    "ours": "C1",
+    "TaylorSeer, line": "C2",
+    "TaylorSeer, line, regions": "C2",
+    "TeaCache": "C2",
+    "MagCache": "C2",
+    "paper": "C3",
+    "official RAS": "C3",
+    "official Euler": GREY,
+    "hold": GREY,
 }
-COLOURS = {name: colour for colour, names in LINES.items() for name in names}
+GAINS = {
+    "ours": "C1",
+    "ours, fewer tokens late": "C1",
+    "ours, fresh keys": "C4",
+    "ours, oracle's tokens": "C4",
+    "ours, random tokens": GREY,
+    "ours, steps left out": GREY,
+}
+COLOURS = dict.fromkeys(METHODS, GREY) | GAINS | NEARNESS
 BOUNDS = [name for name in METHODS if "oracle" in name or "fresh" in name]  # dashed
 
 
@@ -201,80 +213,29 @@ def measure(pipe, args: argparse.Namespace, seed: int, done: dict[tuple, dict], 
         print(f"seed {seed}: {name}", file=sys.stderr)
 
 
-# ---------------------------------------------------------------- files, table, plot
+# ---------------------------------------------------------------- plot
 
 
-def read(folder: Path) -> dict[tuple, dict]:
-    """Finished rows of all processes by what they are of; a line cut off by an interruption is
-    dropped."""
-    done = {}
-    for part in sorted(folder.glob("rows*.jsonl")):
-        for line in part.read_text("utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            done[tuple(row["key"])] = row
-    return done
-
-
-# (evaluations, mean SNR, half the 95 % interval, pictures) of every method, by cost
-Curves = dict[str, list[tuple[float, float, float, int]]]
-
-
-def curves(rows: list[dict], methods: Iterable[str] = METHODS) -> Curves:
-    """The curves of these methods, in this order, where there are rows of them."""
-    groups = defaultdict(list)
-    for row in rows:
-        _, _, name, index, *_ = row["key"]
-        groups[name, index].append(row)
-    found = defaultdict(list)
-    for (name, _), some in groups.items():
-        values = sorted(row["snr"] for row in some)  # the same sum in any order of processes
-        half = 1.96 * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-        cost = mean(sorted(row["evaluations"] for row in some))
-        found[name].append((cost, mean(values), half, len(values)))
-    return {name: sorted(found[name]) for name in methods if name in found}
-
-
-def table(found: Curves) -> str:
-    """Markdown: a row a method, its costs and distances."""
-    lines = ["| method | evaluations: SNR to the ODE, dB | pictures |", "|---|---|---|"]
-    for name, points in found.items():
-        cells = ", ".join(
-            f"{cost:.1f}: {value:.1f} ± {half:.1f}" for cost, value, half, _ in points
-        )
-        lines.append(f"| {name} | {cells} | {points[0][3]} |")
-    return "\n".join(lines)
-
-
-def plot(found: Curves, title: str, path: Path) -> None:
-    """Nearness against evaluations, one line a method, its name at its end."""
+def plot(found: Curves, gained: Curves, title: str, path: Path) -> None:
+    """Nearness against evaluations, and below it what is gained over whole steps of that cost."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MultipleLocator
 
-    figure = Figure(figsize=(7, 7.5), layout="constrained")
-    axes = figure.subplots()
-    for name, points in found.items():
-        cost, value, half, _ = zip(*points, strict=True)
-        look = {"color": COLOURS.get(name, GREY), "linestyle": "--" if name in BOUNDS else "-"}
-        axes.errorbar(cost, value, half, **look, marker="o", markersize=3, elinewidth=0.6)
-    low, high = axes.get_ylim()
-    place = low
-    for value, cost, name in sorted(
-        (points[-1][1], points[-1][0], n) for n, points in found.items()
+    panels = [("nearness to the ODE, dB", found)]
+    if gained:
+        panels.append((f"the same, less that of {CONTROL}\nsteps at the same cost, dB", gained))
+    figure = Figure(figsize=(7, 5.5 * len(panels)), layout="constrained")
+    figure.suptitle(title, fontsize=13)
+    for axes, (what, some) in zip(
+        figure.subplots(len(panels), squeeze=False).flat, panels, strict=True
     ):
-        place = max(value, place + (high - low) / 28)  # labels stay apart
-        colour = COLOURS.get(name, GREY)
-        axes.annotate(
-            name, (cost, value), (1.02, place), textcoords=("axes fraction", "data"), color=colour,
-            va="center", fontsize=12, arrowprops={"arrowstyle": "-", "color": colour, "alpha": 0.4},
-        )  # fmt: skip
-    axes.xaxis.set_major_locator(MultipleLocator(4))
-    axes.grid(alpha=0.3)
-    axes.set_title(title, fontsize=13)
-    axes.set_xlabel("network evaluations", fontsize=13)
-    axes.set_ylabel("nearness to the ODE, dB", fontsize=13)
+        draw_lines(axes, some, COLOURS, BOUNDS)
+        axes.xaxis.set_major_locator(MultipleLocator(4))
+        axes.set_xlim(2, 30)
+        axes.set_xlabel("network evaluations", fontsize=13)
+        axes.set_ylabel(what, fontsize=13)
+    if gained:
+        axes.axhline(0, color=NEARNESS[CONTROL])
     figure.savefig(path, dpi=100)
 
 
@@ -283,30 +244,30 @@ def plot(found: Curves, title: str, path: Path) -> None:
 
 def main() -> None:
     args = parse_args()
-    rank, world = cli.share()
-    if world > 1:
-        torch.distributed.init_process_group("gloo")  # nothing but a barrier: no tensors are sent
     pipe = minidit.load(args.model, device=cli.device_of(args), dtype=cli.DTYPES[args.dtype])
-    args.out.mkdir(parents=True, exist_ok=True)
-    own = args.out / ("rows.jsonl" if world == 1 else f"rows.{rank}.jsonl")
-    done = read(args.out)
-    with own.open("a", encoding="utf-8") as file:
-        file.write("\n" if own.stat().st_size else "")  # after a line that was cut off
-        for seed in range(rank, args.seeds, world):
+    with shared(args.out, args.seeds) as (seeds, done, file):
+        for seed in seeds:
             measure(pipe, args, seed, done, file)
-    if world > 1:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-    if rank == 0:
-        found = curves([
-            row for (model, size, name, index, prompt, seed), row in read(args.out).items()
-            if (model, size) == (args.model, args.size) and name in args.methods
-            and (not args.steps or METHODS[name][index].steps in args.steps)
-            and prompt in args.prompts and seed < args.seeds
-        ])  # fmt: skip
-        print(table(found))
-        if args.plot is not None:
-            plot({n: found[n] for n in args.shown if n in found}, args.model, args.plot)
+    if cli.share()[0] > 0:
+        return
+    rows = [
+        row for (model, size, name, index, prompt, seed), row in read(args.out).items()
+        if (model, size) == (args.model, args.size) and name in args.methods
+        and (not args.steps or METHODS[name][index].steps in args.steps)
+        and prompt in args.prompts and seed < args.seeds
+    ]  # fmt: skip
+    found, gained = curves(rows, args.methods), gains(rows, args.methods, CONTROL)
+    print(table(found))
+    if gained:
+        print(
+            f"\nless {CONTROL} steps of the same cost, picture by picture\n\n{table(gained, 'dB')}"
+        )
+    if args.plot is not None:
+        top, bottom = (
+            {name: some[name] for name in shown if name in some}
+            for some, shown in ((found, args.named or NEARNESS), (gained, args.named or GAINS))
+        )
+        plot(top, bottom, args.model, args.plot)
 
 
 def parse_args() -> argparse.Namespace:
@@ -328,8 +289,7 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     cli.at_least(parser, args, seeds=1, size=16, batch=1, ode_steps=1)
     check_plot(args.plot)
-    args.shown = args.methods or list(COLOURS)
-    args.methods = args.methods or list(METHODS)
+    args.named, args.methods = args.methods, args.methods or list(METHODS)
     if args.captions is not None:
         args.prompts = cli.read_lines(args.captions)
     return args

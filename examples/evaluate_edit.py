@@ -2,6 +2,7 @@
 
     python examples/evaluate_edit.py --model mini-lumina --plot docs/edit-mini-lumina.png
     python examples/evaluate_edit.py --model mini-sd3 --seeds 2 --areas 6 12
+    torchrun --nproc-per-node 4 examples/evaluate_edit.py --device cuda ...   # seeds shared out
 
 A picture is drawn of every prompt and seed; a box of 6, 12, 25 or 50 % of it is drawn anew from
 other noise. Even seeds keep the prompt ("same prompt"), odd ones ask for another thing on the same
@@ -28,7 +29,8 @@ from torch import Tensor
 
 import minidit
 import ras
-from evaluate import PROMPTS, Curves, curves, read, snr, table
+from curves import Curves, curves, gains, read, shared, table
+from evaluate import PROMPTS, snr
 from minidit import denoise
 from minidit.flow import Known
 from minidit.pipeline import draw_noise
@@ -36,6 +38,7 @@ from pictures import check_outputs, check_plot, labelled, save, sheet
 
 BOXES = {6: (4, 4), 12: (4, 8), 25: (8, 8), 50: (8, 16)}  # sixteenths of the sides, by area
 KINDS = ("same prompt", "other prompt")
+CONTROL = "dense, fewer steps"
 
 
 class Edit(NamedTuple):
@@ -126,7 +129,7 @@ def cropped(edit: Edit, margin: int) -> tuple[Tensor, float]:
 METHODS: dict[str, tuple[Callable[[Edit, int], tuple[Tensor, float]], tuple[int, ...]]] = {
     "mask and ring, recorded": (recorded, (0, 1, 2, 4)),
     "mask and ring, dense steps between": (refreshed, (5, 3)),
-    "dense, fewer steps": (dense, (1, 2, 3, 4, 6)),
+    CONTROL: (dense, (1, 2, 3, 4, 6)),
     "whole steps held": (held, (5, 3, 2)),
     "crop and paste": (cropped, (1, 3)),
 }
@@ -197,14 +200,13 @@ def main() -> None:
     args = parse_args()
     pipe = cli.load_model(args)
     args.steps = args.steps or pipe.scheduler.steps("corrected")
-    args.out.mkdir(parents=True, exist_ok=True)
-    done = read(args.out)
-    with (args.out / "rows.jsonl").open("a", encoding="utf-8") as file:
-        file.write("\n" if file.tell() else "")  # after a line that was cut off
-        for seed in range(args.seeds):
+    with shared(args.out, args.seeds) as (seeds, done, file):
+        for seed in seeds:
             for start in range(0, len(args.prompts), args.batch):
                 some = args.prompts[start : start + args.batch]
                 measure(pipe, args, some, seed, done, file)
+    if cli.share()[0] > 0:
+        return
     panels, done = {}, read(args.out)
     for kind in KINDS:
         for area in args.areas:
@@ -215,7 +217,9 @@ def main() -> None:
             ]  # fmt: skip
             panels[f"{area} %, {kind}"] = found = curves(rows, args.methods)
             print(f"\n{args.model}, {args.steps} steps, {area} % of the picture, {kind}\n")
-            print(table(found).replace("to the ODE", "to the dense edit"))
+            print(table(found, "SNR to the dense edit, dB"))
+            print(f"\nless {CONTROL} at the same cost, edit by edit\n")
+            print(table(gains(rows, args.methods, CONTROL), "dB"))
     if args.plot is not None:
         plot(panels, args)
     if args.sheet is not None:
