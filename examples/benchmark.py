@@ -156,9 +156,8 @@ class Step:
     def __init__(self, args, device: torch.device, dtype: torch.dtype) -> None:
         self.model = build(args.family, args.layers, device, dtype)
         self.compiled = args.compile and device.type != "meta"
-        for blocks in self.model.children() if self.compiled else ():
-            for block in blocks if isinstance(blocks, torch.nn.ModuleList) else ():
-                block.compile()
+        if self.compiled:
+            cli.compile_blocks(self.model)
         config, side, B = self.model.config, args.size // 8, args.batch
         self.device, self.cache = device, KVCache()
         self.tokens = (side // config.patch_size) ** 2

@@ -83,17 +83,15 @@ class Flux(nn.Module):
     def __init__(self, config: FluxConfig) -> None:
         super().__init__()
         self.config = c = checks.instance("config", config, FluxConfig)
-        C, first_single = c.width, c.num_layers
+        C = c.width
         self.patch_embed = nn.Linear(c.in_channels, C)
         self.context_embed = nn.Linear(c.joint_attention_dim, C)
         self.time_embed = MLP(256, C, C)
         self.pooled_embed = MLP(c.pooled_projection_dim, C, C)
         if c.guidance_embeds:
             self.guidance_embed = MLP(256, C, C)
-        self.double_blocks = nn.ModuleList(DoubleBlock(c, i) for i in range(c.num_layers))
-        self.single_blocks = nn.ModuleList(
-            SingleBlock(c, first_single + i) for i in range(c.num_single_layers)
-        )
+        self.double_blocks = nn.ModuleList(DoubleBlock(c) for _ in range(c.num_layers))
+        self.single_blocks = nn.ModuleList(SingleBlock(c) for _ in range(c.num_single_layers))
         self.final = FinalLayer(C, c.in_channels)
 
     def forward(
@@ -142,14 +140,14 @@ class Flux(nn.Module):
         cond = F.silu(self._condition(batch_sigma(sigma, latents), guidance, pooled))  # (B, C)
 
         # 2. Double blocks: active queries attend to all keys and values, fresh or cached.
-        for block in self.double_blocks:
-            x, text = block(x, text, cond, rope, joint_rows, cache)
+        for i, block in enumerate(self.double_blocks):
+            x, text = block(x, text, cond, rope, joint_rows, cache and cache.part(("double", i)))
 
         # 3. Single blocks: the same, with active image rows and all text rows as one sequence.
         K = x.shape[1]
         x = torch.cat((x, text), dim=1)  # (B, K + L, C)
-        for block in self.single_blocks:
-            x = block(x, cond, rope, joint_rows, cache)
+        for i, block in enumerate(self.single_blocks):
+            x = block(x, cond, rope, joint_rows, cache and cache.part(("single", i)))
 
         # 4. The head runs on active rows; the others are filled in by whoever kept them.
         x = self.final(x[:, :K], cond)  # (B, K, latent_channels*P*P)
@@ -198,9 +196,8 @@ class Flux(nn.Module):
 class DoubleBlock(nn.Module):
     """Image and text attend to each other, then each has its own MLP; both go on to the end."""
 
-    def __init__(self, config: FluxConfig, index: int) -> None:
+    def __init__(self, config: FluxConfig) -> None:
         super().__init__()
-        self.index = index
         self.image, self.context = Stream(config), Stream(config)
 
     def forward(
@@ -219,7 +216,7 @@ class DoubleBlock(nn.Module):
         heads = image.attn(modulate(layer_norm(x), shift, scale))  # q, k, v (B, K, H, D)
         t_heads = context.attn(modulate(layer_norm(text), t_shift, t_scale))  # (B, L, H, D)
         q, k, v = (torch.cat(pair, dim=1) for pair in zip(heads, t_heads, strict=True))
-        out = attend(q, k, v, rope, self.index, rows, cache)  # (B, K + L, C)
+        out = attend(q, k, v, rope, rows, cache)  # (B, K + L, C)
         return image.update(x, out[:, :K], *rest), clip(context.update(text, out[:, K:], *t_rest))
 
 
@@ -249,10 +246,9 @@ class Stream(nn.Module):
 class SingleBlock(nn.Module):
     """Attention and MLP side by side, on image and text tokens as one sequence."""
 
-    def __init__(self, config: FluxConfig, index: int) -> None:
+    def __init__(self, config: FluxConfig) -> None:
         super().__init__()
         C = config.width
-        self.index = index
         self.modulation = nn.Linear(C, 3 * C)
         self.attn = Projections(C, config.attention_head_dim, has_out=False)
         self.mlp = nn.Linear(C, 4 * C)
@@ -269,20 +265,19 @@ class SingleBlock(nn.Module):
         """x (B, K + L, C), cond (B, C) -> x, updated."""
         shift, scale, gate = self.modulation(cond)[:, None].chunk(3, dim=2)
         normed = modulate(layer_norm(x), shift, scale)  # (B, K + L, C)
-        attended = attend(*self.attn(normed), rope, self.index, rows, cache)  # (B, K + L, C)
+        attended = attend(*self.attn(normed), rope, rows, cache)  # (B, K + L, C)
         hidden = F.gelu(self.mlp(normed), approximate="tanh")  # (B, K + L, 4C)
         return clip(torch.addcmul(x, gate, self.out(torch.cat((attended, hidden), dim=2))))
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, rope: Rope, layer: int, rows: Tensor | None,
-    cache: KVCache | None,
-) -> Tensor:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, rope: Rope, rows: Tensor | None, cache: KVCache | None
+) -> Tensor:
     """Attention of both kinds of blocks: q, k, v (B, K + L, H, D) of the active image tokens and of
     all text tokens attend to those of all tokens, fresh or cached -> (B, K + L, C)."""
     q, k = rotate(q, rope), rotate(k, rope)  # cached keys are rotated: places do not change
     if cache is not None:
-        k, v = cache.write(layer, k, v, rows)  # (B, N + L, H, D)
+        k, v = cache.write(k, v, rows)  # (B, N + L, H, D)
     return attention(q, k, v)
 
 

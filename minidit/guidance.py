@@ -124,7 +124,7 @@ class Guided:
             before, after = (x.norm(dim=3, keepdim=True) for x in (merged, cond))  # (B, C, H, 1)
             merged = merged * (after / before.clamp(min=1e-12))
         if how.skips(i, self.steps):
-            apart = None if cache is None else cache.apart("skipped layers")
+            apart = None if cache is None else cache.part("skipped layers")
             # where nothing is kept yet, this pass has to compute every token
             rows = active if apart is not None and apart.nbytes else None
             without = {**self.prompt, "skip_layers": how.skip_layers}

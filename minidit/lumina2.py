@@ -13,7 +13,6 @@ sequence (K, L or K + L), H heads, G key-value heads, D head width, C width of t
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,8 +112,8 @@ class Lumina2(nn.Module):
         self.context_norm = RMSNorm(c.cap_feat_dim, c.norm_eps)
         self.context_embed = nn.Linear(c.cap_feat_dim, C)
         self.context_refiner = nn.ModuleList(Block(c, modulated=False) for _ in range(depth))
-        self.noise_refiner = nn.ModuleList(Block(c, ("noise_refiner", i)) for i in range(depth))
-        self.blocks = nn.ModuleList(Block(c, i) for i in range(c.num_layers))
+        self.noise_refiner = nn.ModuleList(Block(c) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_layers))
         self.final = ScaledHead(C, c.cond_width, P * P * c.in_channels)
 
     def forward(
@@ -162,8 +161,8 @@ class Lumina2(nn.Module):
         x = self.patch_embed(patches)  # (B, K, C)
         image_place = image_places(tokens, width // P, context_mask)  # (B, K, 3)
         rope = self._rotations(image_place)
-        for block in self.noise_refiner:
-            x = block(x, rope, None, cond, rows, cache)
+        for i, block in enumerate(self.noise_refiner):
+            x = block(x, rope, None, cond, rows, cache and cache.part(("refiner", i)))
 
         # 2. Every block: active queries attend to all keys and values, fresh or cached. The text,
         # behind the image, is always fresh; attention does not see the order, only positions.
@@ -171,8 +170,8 @@ class Lumina2(nn.Module):
         x = torch.cat((x, context), dim=1)  # (B, K + L, C)
         rope = self._rotations(torch.cat((image_place, text_places(context_mask)), dim=1))
         mask = F.pad(context_mask.bool(), (N, 0), value=True)[:, None, None]  # (B, 1, 1, N + L)
-        for block in self.blocks:
-            x = block(x, rope, mask, cond, joint_rows, cache)
+        for i, block in enumerate(self.blocks):
+            x = block(x, rope, mask, cond, joint_rows, cache and cache.part(i))
 
         # 3. The head runs on active rows; the others are filled in by whoever kept them.
         x = self.final(x[:, :K], cond)  # (B, K, P*P*in_channels)
@@ -237,19 +236,15 @@ def image_places(tokens: Tensor, w: int, context_mask: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Self-attention, then an MLP, each with a norm before and after it.
+    """Self-attention, then an MLP, each with a norm before and after it. Context refiners have no
+    modulation."""
 
-    layer is the name of its keys and values in the cache. Context refiners have no modulation.
-    """
-
-    def __init__(
-        self, config: Lumina2Config, layer: Hashable = None, modulated: bool = True
-    ) -> None:
+    def __init__(self, config: Lumina2Config, modulated: bool = True) -> None:
         super().__init__()
         C, eps = config.hidden_size, config.norm_eps
         self.modulation = nn.Linear(config.cond_width, 4 * C) if modulated else None
         self.attn_norm1 = RMSNorm(C, eps)
-        self.attn = Attention(config, layer)
+        self.attn = Attention(config)
         self.attn_norm2 = RMSNorm(C, eps)
         self.ffn_norm1 = RMSNorm(C, eps)
         self.mlp = GatedMLP(C, config.mlp_width)
@@ -282,10 +277,10 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Self-attention of one sequence with normed, rotated queries and keys."""
 
-    def __init__(self, config: Lumina2Config, layer: Hashable) -> None:
+    def __init__(self, config: Lumina2Config) -> None:
         super().__init__()
         C, kv, D = config.hidden_size, config.kv_width, config.head_dim
-        self.layer, self.head_dim = layer, D
+        self.head_dim = D
         self.q, self.q_norm = nn.Linear(C, C, bias=False), RMSNorm(D, config.norm_eps)
         self.k, self.k_norm = nn.Linear(C, kv, bias=False), RMSNorm(D, config.norm_eps)
         self.v = nn.Linear(C, kv, bias=False)
@@ -304,7 +299,7 @@ class Attention(nn.Module):
         k = rotate(self.k_norm(self._heads(self.k(x))), rope)  # (B, M, G, D)
         v = self._heads(self.v(x))  # (B, M, G, D)
         if cache is not None:
-            k, v = cache.write(self.layer, k, v, rows)  # (B, N or N + L, G, D)
+            k, v = cache.write(k, v, rows)  # (B, N or N + L, G, D)
         return self.out(attention(q, k, v, mask=mask))
 
     def _heads(self, x: Tensor) -> Tensor:

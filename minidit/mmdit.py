@@ -139,7 +139,7 @@ class MMDiT(nn.Module):
         cond = F.silu(self.time_embed(time) + self.pooled_embed(pooled))  # (B, C)
         for i, block in enumerate(self.blocks):
             if i not in skip_layers:
-                x, text = block(x, text, cond, rows, joint_rows, cache)
+                x, text = block(x, text, cond, rows, joint_rows, cache and cache.part(i))
 
         # 3. The head runs on active rows; the others are filled in by whoever kept them.
         x = self.final(x, cond)  # (B, K, P*P*out_channels)
@@ -176,7 +176,6 @@ class Block(nn.Module):
 
     def __init__(self, config: MMDiTConfig, index: int) -> None:
         super().__init__()
-        self.index = index
         self.last = index == config.num_layers - 1
         self.dual = index in config.dual_attention_layers
         self.image = Stream(config, chunks=9 if self.dual else 6, dual=self.dual)
@@ -202,7 +201,7 @@ class Block(nn.Module):
         t_q, t_k, t_v = context.attn(modulate(layer_norm(text), t_shift, t_scale))  # (B, L, H, D)
         k, v = torch.cat((k, t_k), dim=1), torch.cat((v, t_v), dim=1)  # (B, K + L, H, D)
         if cache is not None:
-            k, v = cache.write(self.index, k, v, joint_rows)  # (B, N + L, H, D)
+            k, v = cache.write(k, v, joint_rows)  # (B, N + L, H, D)
         if not self.last:
             q = torch.cat((q, t_q), dim=1)  # (B, K + L, H, D)
         out = attention(q, k, v)  # (B, K + L, C), in the last block (B, K, C)
@@ -212,7 +211,7 @@ class Block(nn.Module):
             shift2, scale2, gate2 = second
             q, k, v = image.attn2(modulate(normed, shift2, scale2))  # (B, K, H, D) each
             if cache is not None:
-                k, v = cache.write((self.index, "attn2"), k, v, rows)  # (B, N, H, D)
+                k, v = cache.part("attn2").write(k, v, rows)  # (B, N, H, D)
             x = torch.addcmul(x, gate2, image.attn2.out(attention(q, k, v)))
 
         x = torch.addcmul(x, gate_mlp, image.mlp(modulate(layer_norm(x), shift_mlp, scale_mlp)))

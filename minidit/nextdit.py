@@ -113,7 +113,7 @@ class NextDiT(nn.Module):
         self.pad_token = nn.Parameter(torch.zeros(C))
         self.time_embed = MLP(256, c.cond_width, c.cond_width)
         self.caption_embed = CaptionEmbed(c)
-        self.blocks = nn.ModuleList(Block(c, i) for i in range(c.num_layers))
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_layers))
         self.final = ScaledHead(C, c.cond_width, P * P * c.out_channels)
 
     def forward(
@@ -171,8 +171,8 @@ class NextDiT(nn.Module):
         # a prompt without text attends to its padding, whose values are zero, instead of to nothing
         mask = (mask | ~mask.any(1, keepdim=True))[:, None, None]  # (B, 1, 1, L)
         scale = self._attention_scale(N) if proportional_attn else None
-        for block in self.blocks:
-            x = block(x, context, mask, cond, rope, scale, rows, cache)
+        for i, block in enumerate(self.blocks):
+            x = block(x, context, mask, cond, rope, scale, rows, cache and cache.part(i))
 
         # 3. The head runs on active rows; the others are filled in by whoever kept them.
         x = self.final(x, cond)  # (B, K, P*P*out_channels)
@@ -222,12 +222,12 @@ class CaptionEmbed(nn.Module):
 class Block(nn.Module):
     """Attention to image and text, then an MLP, each with a norm before and after it."""
 
-    def __init__(self, config: NextDiTConfig, index: int) -> None:
+    def __init__(self, config: NextDiTConfig) -> None:
         super().__init__()
         C, eps = config.hidden_size, config.norm_eps
         self.modulation = nn.Linear(config.cond_width, 4 * C)
         self.attn_norm1 = RMSNorm(C, eps)
-        self.attn = Attention(config, index)
+        self.attn = Attention(config)
         self.attn_norm2 = RMSNorm(C, eps)
         self.ffn_norm1 = RMSNorm(C, eps)
         self.mlp = GatedMLP(C, config.mlp_width)
@@ -258,10 +258,10 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Self-attention plus, under a gate per head, cross-attention to the text."""
 
-    def __init__(self, config: NextDiTConfig, index: int) -> None:
+    def __init__(self, config: NextDiTConfig) -> None:
         super().__init__()
         C, kv, text = config.hidden_size, config.kv_width, config.cross_attention_dim
-        self.index, self.head_dim = index, config.head_dim
+        self.head_dim = config.head_dim
 
         def norm(width: int) -> nn.Module:  # over all heads together
             return nn.LayerNorm(width) if config.qk_norm else nn.Identity()
@@ -292,7 +292,7 @@ class Attention(nn.Module):
         k = rotate(self._heads(self.k_norm(self.k(x))), rope)  # (B, K, G, D)
         v = self._heads(self.v(x))  # (B, K, G, D)
         if cache is not None:
-            k, v = cache.write(self.index, k, v, rows)  # (B, N, G, D)
+            k, v = cache.write(k, v, rows)  # (B, N, G, D)
         image_out = attention(q, k, v, scale=scale)  # (B, K, C)
 
         if self.two_queries:

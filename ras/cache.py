@@ -15,22 +15,29 @@ from ras.tokens import put_
 
 
 class KVCache:
-    """What active tokens attend to (RAS, section 3.4): `write`, `apart`, `keep`, `to`,
-    `clear`, `nbytes`.
+    """What active tokens attend to (RAS, section 3.4): `part`, `write`, `keep`, `to`, `clear`,
+    `nbytes`.
 
-    A dense step leaves its keys and values here as they are, without a copy. A regional step
-    overwrites its rows in place and attends to all: those of stale tokens are of the last time that
-    they were computed, bit for bit.
+    A network's cache has a part for every attention layer, and that has the layer's keys and values
+    `k` and `v`, (B, S, H, D) each, None at first. A dense step leaves them there as they are,
+    without a copy. A regional step overwrites its rows in place and attends to all: those of stale
+    tokens are of the last time that they were computed, bit for bit.
     """
 
     def __init__(self) -> None:
-        self._layers: dict[Hashable, tuple[Tensor, Tensor]] = {}
-        self._apart: dict[Hashable, KVCache] = {}
+        self.k: Tensor | None = None
+        self.v: Tensor | None = None
+        self._parts: dict[Hashable, KVCache] = {}
 
-    def write(
-        self, layer: Hashable, k: Tensor, v: Tensor, rows: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Store fresh k, v and return the full keys and values to attend to, (B, S, H, D) each.
+    def part(self, name: Hashable) -> KVCache:
+        """The cache of a layer, or of one more pass over the same tokens in every step."""
+        if name not in self._parts:
+            self._parts[name] = KVCache()
+        return self._parts[name]
+
+    def write(self, k: Tensor, v: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Store a layer's fresh k, v and return the full keys and values to attend to, (B, S, H, D)
+        each.
 
         rows None: k, v (B, S, H, D) are all of them. Otherwise k, v (B, K, H, D) belong to these
         rows (B, K), flat as from `tokens.flat_rows`.
@@ -38,48 +45,42 @@ class KVCache:
         """
         if rows is None:
             # contiguous: a slice of a fused projection would keep the whole projection alive
-            self._layers[layer] = k.contiguous(), v.contiguous()
-            return self[layer]
-        if layer not in self._layers:
+            self.k, self.v = k.contiguous(), v.contiguous()
+            return self.k, self.v
+        if self.k is None:
             raise ValueError(
-                f"the cache has no keys and values of layer {layer!r} yet: run a dense step "
+                "the cache has no keys and values of this layer yet: run a dense step "
                 "(active=None) with this cache before a regional one"
             )
-        full_k, full_v = self[layer]
-        if len(k) != len(full_k):
+        if len(k) != len(self.k):
             raise ValueError(
-                f"the cache was filled with a batch of {len(full_k)}, got a batch of {len(k)}"
+                f"the cache was filled with a batch of {len(self.k)}, got a batch of {len(k)}"
             )
-        return put_(full_k, rows, k), put_(full_v, rows, v)
+        return put_(self.k, rows, k), put_(self.v, rows, v)
 
-    def __getitem__(self, layer: Hashable) -> tuple[Tensor, Tensor]:
-        """The stored keys and values of a layer, (B, S, H, D) each."""
-        return self._layers[layer]
-
-    def __iter__(self) -> Iterator[Hashable]:
-        return iter(self._layers)
-
-    def apart(self, name: Hashable) -> KVCache:
-        """The cache of one more pass over the same tokens in every step, empty at first."""
-        return self._apart.setdefault(name, KVCache())
+    def __iter__(self) -> Iterator[KVCache]:
+        """This cache and all parts of it that have keys and values, as they were made."""
+        if self.k is not None:
+            yield self
+        for part in self._parts.values():
+            yield from part
 
     def keep(self, samples: slice) -> None:
         """Go on with these samples of the batch alone, as views of what is there."""
-        self._layers = {layer: (k[samples], v[samples]) for layer, (k, v) in self._layers.items()}
+        for layer in self:
+            layer.k, layer.v = layer.k[samples], layer.v[samples]
 
     def to(self, device: torch.device | str) -> None:
         """Move all layers to a device."""
-        self._layers = {i: (k.to(device), v.to(device)) for i, (k, v) in self._layers.items()}
-        for cache in self._apart.values():
-            cache.to(device)
+        for layer in self:
+            layer.k, layer.v = layer.k.to(device), layer.v.to(device)
 
     def clear(self) -> None:
         """Forget everything and free the memory."""
-        self._layers.clear()
-        self._apart.clear()
+        self.k = self.v = None
+        self._parts.clear()
 
     @property
     def nbytes(self) -> int:
         """Bytes held by all layers."""
-        own = sum(k.nbytes + v.nbytes for k, v in self._layers.values())
-        return own + sum(cache.nbytes for cache in self._apart.values())
+        return sum(layer.k.nbytes + layer.v.nbytes for layer in self)

@@ -79,8 +79,7 @@ class Record:
     @property
     def _keys(self) -> Tensor:
         """Of the first layer in the first step."""
-        cache = self.caches[0]
-        return cache[next(iter(cache))][0]
+        return next(iter(self.caches[0])).k
 
     @property
     def nbytes(self) -> int:
@@ -108,21 +107,19 @@ class Recalled:
         self.pictures, self.batch = pictures, batch
         self.before, self.after, self.weight = before, after, weight
 
-    def write(
-        self, layer: Hashable, k: Tensor, v: Tensor, rows: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def part(self, name: Hashable) -> Recalled:
+        """What was recorded of a layer, or of one more pass: see `KVCache.part`."""
+        after = None if self.after is None else self.after.part(name)
+        if after is not None and not after.nbytes:  # the later step had no such pass
+            after = None
+        return Recalled(self.pictures, self.batch, self.before.part(name), after, self.weight)
+
+    def write(self, k: Tensor, v: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
         """The recorded keys and values of a layer, with k, v (B, K, H, D) in these rows (B, K)."""
         if rows is None:
             return k, v
-        full_k, full_v = (self._copy(layer, i, k) for i in (0, 1))
+        full_k, full_v = self._copy("k", k), self._copy("v", v)
         return put_(full_k, rows, k), put_(full_v, rows, v)
-
-    def apart(self, name: Hashable) -> Recalled:
-        """What was recorded of one more pass: see `KVCache.apart`."""
-        after = None if self.after is None else self.after.apart(name)
-        if after is not None and not after.nbytes:  # the later step had no such pass
-            after = None
-        return Recalled(self.pictures, self.batch, self.before.apart(name), after, self.weight)
 
     def keep(self, samples: slice) -> None:
         """Nothing: what a step without guidance does not need is left out as it reads."""
@@ -132,14 +129,14 @@ class Recalled:
         """Bytes of the recorded step; 0 if it had no such pass."""
         return self.before.nbytes
 
-    def _copy(self, layer: Hashable, i: int, fresh: Tensor) -> Tensor:
-        """A copy of the recorded keys (i = 0) or values (1), (B, S, H, D), on fresh's device."""
+    def _copy(self, what: str, fresh: Tensor) -> Tensor:
+        """A copy of the recorded keys "k" or values "v", (B, S, H, D), on fresh's device."""
         wanted = len(fresh) // self.batch * self.pictures  # without guidance the second half alone
-        recorded = self.before[layer][i]
+        recorded = getattr(self.before, what)
         if len(recorded) < wanted:
             raise ValueError("the edit guides a step that the drawing did not: guide it alike")
         recorded = recorded[-wanted:].to(fresh.device)
-        if self.after is not None and len(self.after[layer][i]) >= wanted:  # guided alike
-            later = self.after[layer][i][-wanted:].to(fresh.device)
-            recorded = torch.lerp(recorded, later, self.weight)
+        later = getattr(self.after, what, None)
+        if later is not None and len(later) >= wanted:  # guided alike
+            recorded = torch.lerp(recorded, later[-wanted:].to(fresh.device), self.weight)
         return recorded.repeat_interleave(self.batch // self.pictures, dim=0)

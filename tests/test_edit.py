@@ -152,12 +152,12 @@ def test_with_every_token_active_an_edit_equals_the_dense_edit(family):
 def test_nothing_outside_the_mask_changes_and_the_record_survives(family, recorded):
     record = Record()
     drawn, _ = draw(family, record=record)
-    before = [x.clone() for c in record.caches.values() for layer in c for x in c[layer]]
+    before = [x.clone() for c in record.caches.values() for layer in c for x in (layer.k, layer.v)]
     latents, trace = edit(family, record, SOME, Given(1).at(SOME, record if recorded else None))
     white = SOME.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, None].expand_as(drawn)
     assert latents[~white].equal(drawn[~white])
     assert not (latents == drawn)[white].any()
-    after = [x for c in record.caches.values() for layer in c for x in c[layer]]
+    after = [x for c in record.caches.values() for layer in c for x in (layer.k, layer.v)]
     assert all(x.equal(y) for x, y in zip(before, after, strict=True))
     assert [step.regional for step in trace.steps] == [recorded or i % 3 > 0 for i in range(6)]
 
@@ -209,11 +209,11 @@ def test_steps_that_are_not_kept_are_read_off_a_line_in_sigma():
             assert (kept is not None) == (i in (0, 3, len(levels) - 2))
             if kept is not None:
                 rows = torch.full((1, 4, 1, 2), level)
-                kept.write("layer", rows, -rows, None)
+                kept.part("layer").write(rows, -rows, None)
             record.end(i, torch.zeros(1, 1, 2, 2))
     rows, fresh = torch.tensor([[1]]), torch.full((1, 1, 1, 2), 9.0)
     for i, level in enumerate(levels[:-1]):
-        k, v = record.recall(i, 1).write("layer", fresh, fresh, rows)
+        k, v = record.recall(i, 1).part("layer").write(fresh, fresh, rows)
         assert torch.allclose(k[0, [0, 2, 3]], torch.tensor(level))
         assert torch.allclose(v[0, [0, 2, 3]], torch.tensor(-level))
         assert (k[0, 1] == 9).all() and (v[0, 1] == 9).all()
@@ -241,7 +241,7 @@ def test_given_by_default_has_a_ring_of_1_and_takes_any():
 def test_a_record_moves_what_it_keeps_where_it_was_told(family):
     record = Record(every=2, device="meta")
     drawn, _ = draw(family, record=record)
-    kept = [x for cache in record.caches.values() for layer in cache for x in cache[layer]]
+    kept = [x for c in record.caches.values() for layer in c for x in (layer.k, layer.v)]
     assert kept and all(x.is_meta for x in kept)
     assert len(record.path) == 7 and record.path[-1].equal(drawn)
     assert record.nbytes == sum(x.nbytes for x in (*kept, *record.path))
@@ -252,13 +252,13 @@ def test_a_record_moves_what_it_keeps_where_it_was_told(family):
 def test_between_a_guided_and_an_unguided_step_the_negative_half_is_the_earlier_ones(pictures):
     """Both halves then, so that they stay alike; without guidance the line between both steps."""
     guided, unguided = KVCache(), KVCache()
-    guided.write("layer", *[torch.full((2 * pictures, 3, 1, 1), 2.0)] * 2, None)
-    unguided.write("layer", *[torch.full((pictures, 3, 1, 1), 6.0)] * 2, None)
+    guided.part("layer").write(*[torch.full((2 * pictures, 3, 1, 1), 2.0)] * 2, None)
+    unguided.part("layer").write(*[torch.full((pictures, 3, 1, 1), 6.0)] * 2, None)
     recalled = Recalled(pictures, pictures, guided, unguided, 0.25)
     for halves, stale in ((2, 2.0), (1, 3.0)):
         fresh = torch.zeros(halves * pictures, 1, 1, 1)
         rows = 3 * torch.arange(halves * pictures)[:, None]  # the first of every sample
-        for full in recalled.write("layer", fresh, fresh, rows):
+        for full in recalled.part("layer").write(fresh, fresh, rows):
             assert full.shape == (halves * pictures, 3, 1, 1)
             assert (full[:, 0] == 0).all() and (full[:, 1:] == stale).all()
 
@@ -455,11 +455,11 @@ def test_a_pass_apart_is_read_off_the_same_line_between_kept_steps():
     caches = []
     for value in (2.0, 6.0):
         caches.append(KVCache())
-        caches[-1].apart("skip").write("layer", *[torch.full((1, 4, 1, 1), value)] * 2, None)
+        caches[-1].part("skip").part("layer").write(*[torch.full((1, 4, 1, 1), value)] * 2, None)
     fresh, rows = torch.zeros(1, 1, 1, 1), torch.tensor([[1]])
     for after, stale in ((caches[1], 3.0), (None, 2.0), (KVCache(), 2.0)):
-        recalled = Recalled(1, 1, caches[0], after, 0.25).apart("skip")
-        for full in recalled.write("layer", fresh, fresh, rows):
+        recalled = Recalled(1, 1, caches[0], after, 0.25).part("skip")
+        for full in recalled.part("layer").write(fresh, fresh, rows):
             assert full.flatten().tolist() == [stale, 0.0, stale, stale]
 
 
@@ -547,10 +547,10 @@ def test_without_guidance_the_prompts_half_of_a_guided_step_is_read():
     record.start([1.0, 0.5, 0.25, 0.0], torch.zeros(1, 1, 2, 2), False)
     halves = torch.tensor([[-1.0, -1.0], [1.0, 3.0]]).view(2, 2, 1, 1)  # negative prompt first
     for step in (0, 2):
-        record.cache(step).write("layer", halves + step, halves, None)
+        record.cache(step).part("layer").write(halves + step, halves, None)
     fresh = torch.full((1, 1, 1, 1), 9.0)
     for step, there in ((0, 3.0), (1, 3.0 + 2 * (1.0 - 0.5) / (1.0 - 0.25)), (2, 5.0)):
-        k, v = record.recall(step, 1).write("layer", fresh, fresh, rows)
+        k, v = record.recall(step, 1).part("layer").write(fresh, fresh, rows)
         assert k.flatten().tolist() == pytest.approx([9, there])
         assert v.flatten().tolist() == [9, 3]
 
@@ -637,20 +637,20 @@ def test_recalled_keys_serve_several_edits_of_a_picture_each():
     record, rows = Record(), torch.tensor([[0], [2], [4], [6]])
     record.start([1.0, 0.0], torch.zeros(2, 1, 2, 2), False)
     recorded, fresh = torch.arange(4.0).view(2, 2, 1, 1), torch.full((4, 1, 1, 1), 9.0)
-    record.cache(0).write("layer", recorded, recorded, None)
-    k, _ = record.recall(0, 4).write("layer", fresh, fresh, rows)
+    record.cache(0).part("layer").write(recorded, recorded, None)
+    k, _ = record.recall(0, 4).part("layer").write(fresh, fresh, rows)
     assert k.flatten().tolist() == [9, 1, 9, 1, 9, 3, 9, 3]
-    assert record.caches[0]["layer"][0].equal(recorded)
+    assert record.caches[0].part("layer").k.equal(recorded)
 
 
 def test_a_pass_that_the_later_kept_step_lacks_is_read_from_the_earlier_one_alone():
     record, keys = Record(every=2), torch.arange(4.0).view(1, 4, 1, 1)
     record.start([1.0, 0.8, 0.6, 0.4, 0.0], torch.zeros(1, 1, 2, 2), False)
     for step in (0, 2):
-        record.cache(step).write("layer", keys + step, keys + step, None)
-    record.cache(0).apart("more").write("layer", keys, keys, None)
+        record.cache(step).part("layer").write(keys + step, keys + step, None)
+    record.cache(0).part("more").part("layer").write(keys, keys, None)
     fresh, rows = torch.full((1, 1, 1, 1), 9.0), torch.tensor([[1]])
-    between, more = record.recall(1, 1), record.recall(1, 1).apart("more")
-    assert between.write("layer", fresh, fresh, rows)[0].flatten().tolist() == [1, 9, 3, 4]
-    assert more.write("layer", fresh, fresh, rows)[0].flatten().tolist() == [0, 9, 2, 3]
-    assert more.write("layer", fresh, fresh, None)[0] is fresh  # a pass over every token
+    between, more = record.recall(1, 1), record.recall(1, 1).part("more")
+    assert between.part("layer").write(fresh, fresh, rows)[0].flatten().tolist() == [1, 9, 3, 4]
+    assert more.part("layer").write(fresh, fresh, rows)[0].flatten().tolist() == [0, 9, 2, 3]
+    assert more.part("layer").write(fresh, fresh, None)[0] is fresh  # a pass over every token

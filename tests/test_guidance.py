@@ -158,11 +158,12 @@ def test_in_an_edit_tokens_that_are_never_computed_count_in_no_norm(drawn, batch
 def test_keys_and_values_of_the_negative_prompt_are_dropped_without_a_copy():
     cache = KVCache()
     k, v = torch.randn(2, 4, 5, 2, 3)
-    cache.write("layer", k, v, None)
+    layer = cache.part("layer")
+    layer.write(k, v, None)
     cache.keep(slice(-2, None))
-    for kept, whole in zip(cache["layer"], (k, v), strict=True):
+    for kept, whole in zip((layer.k, layer.v), (k, v), strict=True):
         assert kept.equal(whole[2:]) and kept.data_ptr() == whole[2:].data_ptr()
-    cache.write("layer", torch.zeros(2, 1, 2, 3), torch.zeros(2, 1, 2, 3), torch.tensor([[1], [5]]))
+    layer.write(torch.zeros(2, 1, 2, 3), torch.zeros(2, 1, 2, 3), torch.tensor([[1], [5]]))
     assert (k[[2, 3], [1, 0]] == 0).all() and not (k[2:, 2:] == 0).any()
 
 

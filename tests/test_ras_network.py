@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,17 +25,22 @@ class MaskedCache:
     def __init__(self, stored: KVCache, mask: torch.Tensor) -> None:
         self.stored, self.mask = stored, mask
 
-    def write(self, layer, k, v, rows):
-        old_k, old_v = self.stored[layer]
+    def part(self, name):
+        return MaskedCache(self.stored.part(name), self.mask)
+
+    def write(self, k, v, rows):
         mask = F.pad(self.mask, (0, k.shape[1] - self.mask.shape[1]), value=True)[:, :, None, None]
-        return torch.where(mask, k, old_k), torch.where(mask, v, old_v)
+        return torch.where(mask, k, self.stored.k), torch.where(mask, v, self.stored.v)
 
 
-def copied(cache: KVCache) -> KVCache:
-    copy = KVCache()
-    for layer in cache:
-        copy.write(layer, *(x.clone() for x in cache[layer]), None)
-    return copy
+def tensors(cache: KVCache) -> list[torch.Tensor]:
+    """Keys and values of all layers, one after the other."""
+    return [x for layer in cache for x in (layer.k, layer.v)]
+
+
+def rows(cache: KVCache) -> list[int]:
+    """How many rows every layer has."""
+    return [layer.k.shape[1] for layer in cache]
 
 
 def draw_active(data: st.DataObject, batch: int, tokens: int) -> torch.Tensor:
@@ -50,7 +57,7 @@ def test_gathered_step_equals_boolean_mask_over_the_full_sequence(family, batch,
     mask = mask_of(active, h * w)
     cache = KVCache()
     model(noise(batch, 2 * h, 2 * w), 0.9, **cond, cache=cache)  # dense step, fills the cache
-    stored = copied(cache)
+    stored = deepcopy(cache)
 
     later = noise(batch, 2 * h, 2 * w, seed=3)
     gathered = patchify(model(later, 0.6, **cond, active=active, cache=cache), 2)
@@ -58,13 +65,11 @@ def test_gathered_step_equals_boolean_mask_over_the_full_sequence(family, batch,
     assert torch.allclose(gathered[mask], masked[mask], atol=2e-5)
     assert (gathered[~mask] == 0).all()  # the model says nothing about stale tokens
 
-    for layer in stored:
-        for old, new in zip(stored[layer], cache[layer], strict=True):
-            rows = old.shape[1] - h * w  # text rows behind the image rows, none in image attention
-            stale = F.pad(~mask, (0, rows), value=False)
-            assert new[stale].equal(old[stale])  # bit-identical
-            if rows == 0 or active.shape[1]:
-                assert not new[~stale].equal(old[~stale])
+    for old, new in zip(tensors(stored), tensors(cache), strict=True):
+        text = old.shape[1] - h * w  # rows behind the image rows, none in image attention
+        stale = F.pad(~mask, (0, text), value=False)
+        assert new[stale].equal(old[stale])  # bit-identical
+        assert not new[~stale].equal(old[~stale])
 
 
 @given(NETWORKS, st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.data())
@@ -76,13 +81,12 @@ def test_regional_step_with_fresh_caches_equals_the_dense_step(family, batch, h,
     plain = model(latents, 0.7, **cond)
     cache = KVCache()
     assert model(latents, 0.7, **cond, cache=cache).equal(plain)  # caching costs no bit
-    dense = copied(cache)
+    dense = deepcopy(cache)
     regional = model(latents, 0.7, **cond, active=active, cache=cache)
     mask = mask_of(active, h * w)
     assert torch.allclose(patchify(regional, 2)[mask], patchify(plain, 2)[mask], atol=2e-5)
-    for layer in dense:
-        for old, new in zip(dense[layer], cache[layer], strict=True):
-            assert torch.allclose(old, new, atol=2e-5)
+    for old, new in zip(tensors(dense), tensors(cache), strict=True):
+        assert torch.allclose(old, new, atol=2e-5)
 
 
 def test_order_of_active_is_irrelevant(family):
@@ -92,7 +96,7 @@ def test_order_of_active_is_irrelevant(family):
     active = torch.tensor([[3, 7, 8, 12]])
     results = []
     for order in ([0, 1, 2, 3], [3, 0, 2, 1]):
-        mine = copied(cache)
+        mine = deepcopy(cache)
         results.append(model(noise(1, 8, 8, 5), 0.5, **cond, active=active[:, order], cache=mine))
     assert torch.allclose(*results, atol=1e-5)
 
@@ -114,35 +118,31 @@ def test_a_batch_equals_its_members_alone(family):
 def test_every_block_of_either_kind_caches_image_rows_and_text_rows():
     cache = KVCache()
     tiny_model("flux-dev")(noise(1, 8, 8), 0.9, **conditioning("flux-dev", 1), cache=cache)
-    assert {layer: cache[layer][0].shape[1] for layer in cache} == dict.fromkeys(range(4), 16 + 5)
+    assert rows(cache) == 4 * [16 + 5]
 
 
 def test_noise_refiners_have_their_own_caches_and_context_refiners_none():
     cache = KVCache()
     tiny_model("lumina2")(noise(1, 8, 8), 0.9, **conditioning("lumina2", 1), cache=cache)
-    rows = {layer: cache[layer][0].shape[1] for layer in cache}
-    image = {("noise_refiner", i): 16 for i in range(2)}
-    assert rows == image | dict.fromkeys(range(2), 16 + 5)
+    assert rows(cache) == [16, 16, 16 + 5, 16 + 5]
 
 
 def test_second_attention_has_its_own_cache():
     cache = KVCache()
     model = tiny_model("sd3.5-medium")
     model(noise(1, 8, 8), 0.9, **conditioning("sd3.5-medium", 1), cache=cache)
-    rows = {layer: cache[layer][0].shape[1] for layer in cache}
-    assert rows == {0: 16 + 5, (0, "attn2"): 16, 1: 16 + 5, 2: 16 + 5, (2, "attn2"): 16}
+    assert rows(cache) == [16 + 5, 16, 16 + 5, 16 + 5, 16]
+    assert cache.part(0).part("attn2").k.shape[1] == 16
 
 
 def test_a_regional_step_updates_the_cache_in_place_and_copies_nothing(family):
     model, cond, cache = tiny_model(family), conditioning(family, 1), KVCache()
     model(noise(1, 8, 8), 0.9, **cond, cache=cache)
-    before = {layer: [x.data_ptr() for x in cache[layer]] for layer in cache}
+    before = [x.data_ptr() for x in tensors(cache)]
     size = cache.nbytes
     model(noise(1, 8, 8), 0.5, **cond, active=torch.tensor([[1, 2]]), cache=cache)
-    assert before == {layer: [x.data_ptr() for x in cache[layer]] for layer in cache}
-    assert (
-        size == cache.nbytes == sum(k.nbytes + v.nbytes for k, v in map(cache.__getitem__, cache))
-    )
+    assert before == [x.data_ptr() for x in tensors(cache)]
+    assert size == cache.nbytes == sum(x.nbytes for x in tensors(cache))
     cache.clear()
     assert cache.nbytes == 0
 

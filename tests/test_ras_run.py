@@ -58,7 +58,7 @@ def test_a_run_is_its_naive_version(data, batch, grid, correct):
         asked.append((sigma, active, cache))
         field = fields[len(asked) - 1]
         if cache is not None:
-            cache.write("a layer", field, field, None)
+            cache.part("a layer").write(field, field, None)
         if active is None:
             return field
         computed = mask_of(active, N)[:, :, None].expand(-1, -1, 4)
@@ -171,45 +171,48 @@ def test_noise_levels_of_any_precision_are_the_same_numbers(dtype, correct):
 
 def test_a_cache_moves_with_those_of_further_passes():
     cache, rows = KVCache(), torch.zeros(1, 3, 1, 2)
-    cache.write("layer", rows, rows, None)
-    cache.apart("pass").write("layer", rows, rows, None)
+    for whole in (cache, cache.part("pass")):
+        whole.part("layer").write(rows, rows, None)
     cache.to("meta")
-    assert all(x.is_meta for each in (cache, cache.apart("pass")) for x in each["layer"])
+    assert [x.is_meta for layer in cache for x in (layer.k, layer.v)] == [True] * 4
 
 
 def test_a_cache_holds_the_rows_of_the_last_time_and_frees_all():
     cache, fused = KVCache(), torch.randn(2, 3, 5, 1, 2)  # k, v and more of one projection
     k, v = fused.unbind(1)[:2]
-    full_k, full_v = cache.write("a", k, v, None)
+    layer = cache.part("a")
+    full_k, full_v = layer.write(k, v, None)
     assert full_k.equal(k) and full_v.equal(v)
     assert full_k.untyped_storage().nbytes() == full_k.nbytes  # no more than its own is kept alive
     assert cache.nbytes == 2 * 2 * 5 * 2 * 4
     new_k, new_v = torch.randn(2, 2, 2, 1, 2)
     rows = flat_rows(torch.tensor([[3, 0], [1, 4]]), 5)
-    again_k, again_v = cache.write("a", new_k, new_v, rows)
+    again_k, again_v = layer.write(new_k, new_v, rows)
     for whole, old, new in ((again_k, k, new_k), (again_v, v, new_v)):
         wanted = old.clone()
         wanted[0, [3, 0]], wanted[1, [1, 4]] = new[0], new[1]
         assert whole.equal(wanted)
-    assert again_k is cache["a"][0] and again_v is cache["a"][1]
-    assert again_k.data_ptr() == full_k.data_ptr() and list(cache) == ["a"]
+    assert again_k is layer.k and again_v is layer.v and cache.part("a") is layer
+    assert again_k.data_ptr() == full_k.data_ptr() and list(cache) == [layer]
     for few in (new_k[:1], new_k.repeat(2, 1, 1, 1)):
         with pytest.raises(ValueError, match="filled with a batch of 2, got a batch of"):
-            cache.write("a", few, few, rows)
+            layer.write(few, few, rows)
 
     dense = torch.randn(2, 2, 5, 1, 2)
-    for got, want in zip(cache.write("a", *dense, None), dense, strict=True):
+    for got, want in zip(layer.write(*dense, None), dense, strict=True):
         assert got.equal(want)  # a later dense step replaces all
-    assert cache["a"][0].equal(dense[0]) and cache["a"][1].equal(dense[1])
-    again_k = dense[0]
+    assert layer.k.equal(dense[0]) and layer.v.equal(dense[1])
 
-    with pytest.raises(ValueError, match="no keys and values of layer 'b' yet"):
-        cache.write("b", new_k, new_v, rows)
+    with pytest.raises(ValueError, match="no keys and values of this layer yet"):
+        cache.part("b").write(new_k, new_v, rows)
 
-    other = cache.apart("more")
-    assert other is not cache.apart("another")
-    assert other is cache.apart("more") is not cache and not other.nbytes
-    other.write("a", new_k, new_v, None)
-    assert cache.nbytes == 2 * 2 * 5 * 2 * 4 + other.nbytes and cache["a"][0].equal(again_k)
+    other = cache.part("more").part("a")
+    assert other is cache.part("more").part("a") is not layer and not other.nbytes
+    other.write(new_k, new_v, None)
+    assert list(cache) == [layer, other] and layer.k.equal(dense[0])
+    assert cache.nbytes == 2 * 2 * 5 * 2 * 4 + other.nbytes == layer.nbytes + other.nbytes
+    cache.keep(slice(1, None))
+    assert layer.k.equal(dense[0, 1:]) and other.v.equal(new_v[1:])
+    assert layer.k.data_ptr() == dense[0, 1:].data_ptr()  # a view
     cache.clear()
-    assert cache.nbytes == 0 and not list(cache) and not cache.apart("more").nbytes
+    assert cache.nbytes == 0 and not list(cache) and cache.part("a") is not layer
