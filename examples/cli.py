@@ -84,14 +84,14 @@ def load_model(args: argparse.Namespace, **options) -> minidit.Pipeline:
     return pipe
 
 
-def compile_blocks(network: torch.nn.Module) -> None:
+def compile_blocks(network: torch.nn.Module, **options) -> None:
     """Compile every block of a network by itself. Blocks of one kind share what was compiled, which
     takes seconds where the whole of a large network takes minutes."""
     # kinds of blocks, times dense with and without a cache, and regional: more than torch's 8
     torch._dynamo.config.recompile_limit = 32
     for blocks in network.children():
         for block in blocks if isinstance(blocks, torch.nn.ModuleList) else ():
-            block.compile()
+            block.compile(**options)
 
 
 def set_threads(threads: int | None, transformer: torch.nn.Module) -> None:
