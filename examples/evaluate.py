@@ -136,21 +136,21 @@ NEARNESS = {  # what the plot shows, and how, where no methods are named
     CONTROL: "C0",
     "ours": "C1",
     "TaylorSeer, line": "C2",
-    "TaylorSeer, line, regions": "C2",
-    "TeaCache": "C2",
-    "MagCache": "C2",
+    "TaylorSeer, line, regions": "C8",
+    "TeaCache": "C9",
+    "MagCache": "C6",
     "paper": "C3",
-    "official RAS": "C3",
+    "official RAS": "C5",
     "official Euler": GREY,
-    "hold": GREY,
+    "hold": "0.25",
 }
 GAINS = {
     "ours": "C1",
-    "ours, fewer tokens late": "C1",
+    "ours, fewer tokens late": "C3",
     "ours, fresh keys": "C4",
-    "ours, oracle's tokens": "C4",
+    "ours, oracle's tokens": "C6",
     "ours, random tokens": GREY,
-    "ours, steps left out": GREY,
+    "ours, steps left out": "0.25",
 }
 COLOURS = dict.fromkeys(METHODS, GREY) | GAINS | NEARNESS
 BOUNDS = [name for name in METHODS if "oracle" in name or "fresh" in name]  # dashed

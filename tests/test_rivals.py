@@ -151,7 +151,7 @@ def test_every_method_draws(pipe, name):
 
 
 def test_the_plot_shows_methods_that_there_are():
-    assert set(evaluate.COLOURS) <= set(evaluate.METHODS)
+    assert {*evaluate.NEARNESS, *evaluate.GAINS} <= set(evaluate.METHODS)
 
 
 def test_lorenz_curves_of_known_errors():

@@ -67,8 +67,8 @@ FIFTH: dict[str, tuple[str, list[tuple[str, str]]]] = {
     "ras/cache.py": (
         "ras_run ras_network edit guidance",
         [
-            ("self._apart.setdefault(name, KVCache())", 'self._apart.setdefault("", KVCache())'),
-            ("if layer not in self._layers:", "if not self._layers:"),
+            ("self._parts[name] = KVCache()", "self._parts = {name: KVCache()}"),
+            ("if name not in self._parts:", "if not self._parts:"),
         ],
     ),
     "ras/tokens.py": (
@@ -102,8 +102,8 @@ FIFTH: dict[str, tuple[str, list[tuple[str, str]]]] = {
                 "self.caches[before], self.caches[after], weight",
                 "self.caches[after], self.caches[before], weight",
             ),
-            ("for i in (0, 1))", "for i in (0, 0))"),
-            ("cache = self.caches[0]", "cache = self.caches[max(self.caches)]"),
+            ('self._copy("v", v)', 'self._copy("k", v)'),
+            ("iter(self.caches[0])", "iter(self.caches[max(self.caches)])"),
         ],
     ),
     "ras/trace.py": (

@@ -37,8 +37,8 @@ FOURTH: dict[str, tuple[str, list[tuple[str, str]]]] = {
     "ras/cache.py": (
         "ras_run ras_network edit guidance",
         [
-            ("return own + sum(cache.nbytes for cache in self._apart.values())", "return own"),
-            ("self._apart.setdefault(name, KVCache())", "self._apart.get(name, KVCache())"),
+            ("if self.k is not None:", "if not self._parts:"),
+            ("if self.k is None:", "if False:"),
         ],
     ),
     "ras/given.py": (

@@ -46,11 +46,8 @@ SECOND: dict[str, tuple[str, list[tuple[str, str]]]] = {
     "ras/cache.py": (
         "ras_run ras_network edit guidance",
         [
-            ("(k[samples], v[samples])", "(k[samples], v)"),
-            (
-                "        for cache in self._apart.values():\n            cache.to(device)\n",
-                "",
-            ),
+            ("layer.k[samples], layer.v[samples]", "layer.k[samples], layer.v"),
+            ("for part in self._parts.values():", "for part in ():"),
         ],
     ),
     "ras/given.py": (
@@ -204,7 +201,7 @@ SECOND: dict[str, tuple[str, list[tuple[str, str]]]] = {
     "minidit/flux.py": (
         "flux ras_network flux_pipeline",
         [
-            ("SingleBlock(c, first_single + i)", "SingleBlock(c, i)"),
+            ('cache.part(("single", i))', 'cache.part(("double", i))'),
             ("x.clamp(-65504, 65504) if x.dtype", "x.clamp(max=65504) if x.dtype"),
         ],
     ),
@@ -215,7 +212,7 @@ SECOND: dict[str, tuple[str, list[tuple[str, str]]]] = {
                 "context_mask.long().cumsum(1)[:, :, None] - 1",
                 "context_mask.long().cumsum(1)[:, :, None]",
             ),
-            ('Block(c, ("noise_refiner", i)) for', "Block(c, i) for"),
+            ('cache.part(("refiner", i))', "cache.part(i)"),
             (
                 "width = int((self.ffn_dim_multiplier or 1) * 4 * self.hidden_size)",
                 "width = 4 * self.hidden_size",

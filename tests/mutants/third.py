@@ -29,7 +29,7 @@ THIRD: dict[str, tuple[str, list[tuple[str, str]]]] = {
     "ras/cache.py": (
         "ras_run ras_network edit guidance",
         [
-            ("(k.to(device), v.to(device))", "(k.to(device), v)"),
+            ("layer.k.to(device), layer.v.to(device)", "layer.k.to(device), layer.v"),
         ],
     ),
     "ras/tokens.py": (
@@ -54,8 +54,8 @@ THIRD: dict[str, tuple[str, list[tuple[str, str]]]] = {
                 "self.correct = levels, [latents], correct",
             ),
             (
-                "torch.lerp(recorded, later, self.weight)",
-                "torch.lerp(later, recorded, self.weight)",
+                "torch.lerp(recorded, later[-wanted:].to(fresh.device), self.weight)",
+                "torch.lerp(later[-wanted:].to(fresh.device), recorded, self.weight)",
             ),
         ],
     ),
