@@ -1,7 +1,8 @@
 """Measured pictures as rows in a folder, and what is made of them: curves, gains, a table, a plot.
 
 A row has the `key` of its picture, (model, setting, method, index, prompt, seed, ...), its cost in
-network `evaluations`, and its `snr` to the reference in dB. Of one method every index is a cost.
+network `evaluations`, and what was measured: its `snr` to the reference in dB, and in evaluate_edit
+its `seam`. Of one method every index is a cost.
 """
 
 from __future__ import annotations
@@ -72,15 +73,16 @@ def read(folder: Path) -> Rows:
 # ---------------------------------------------------------------- curves
 
 
-def curves(rows: Iterable[dict], methods: Iterable[str]) -> Curves:
-    """Mean SNR of these methods, in this order, where there are rows of them."""
-    return _by_cost(rows, methods, lambda row: row["snr"])
+def curves(rows: Iterable[dict], methods: Iterable[str], what: str = "snr") -> Curves:
+    """Mean of what was measured, of these methods, in this order, where there are rows of them."""
+    return _by_cost((row for row in rows if what in row), methods, lambda row: row[what])
 
 
 def gains(rows: Sequence[dict], methods: Iterable[str], control: str) -> Curves:
     """How much nearer each picture is than the control's picture of the same prompt and seed at the
     same cost, on the line between the costs that were measured; not beyond them."""
     paths = defaultdict(list)
+    rows = [row for row in rows if "snr" in row]
     for row in rows:
         if row["key"][2] == control:
             paths[_picture(row)].append((row["evaluations"], row["snr"]))

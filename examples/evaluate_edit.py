@@ -6,8 +6,9 @@
 
 A picture is drawn of every prompt and seed; a box of 6, 12, 25 or 50 % of it is drawn anew from
 other noise. Even seeds keep the prompt ("same prompt"), odd ones ask for another thing on the same
-background ("other prompt"). The distance is the SNR of the latents under the mask to those of the
-edit that computes every token in every step, in dB; cost and files are as in evaluate.py.
+background ("other prompt"). Two things are measured: the SNR of the latents under the mask to those
+of the edit that computes every token in every step, in dB, and the seam, how plainly the picture
+shows the border of the mask. Cost and files are as in evaluate.py.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from pictures import check_outputs, check_plot, labelled, save, sheet
 BOXES = {6: (4, 4), 12: (4, 8), 25: (8, 8), 50: (8, 16)}  # sixteenths of the sides, by area
 KINDS = ("same prompt", "other prompt")
 CONTROL = "dense, fewer steps"
+WHOLE = "dense, all steps"  # the reference
 
 
 class Edit(NamedTuple):
@@ -138,6 +140,32 @@ METHODS: dict[str, tuple[Callable[[Edit, int], tuple[Tensor, float]], tuple[int,
 # ---------------------------------------------------------------- measuring
 
 
+def decoded(pipe, latents: Tensor) -> Tensor:
+    """Pictures of latents, (B, 3, H, W) of 0 to 255."""
+    return ((pipe.vae.decode(latents) + 1) * 127.5).clamp(0, 255)
+
+
+def seam(before: Tensor, after: Tensor, mask: Tensor) -> list[float]:
+    """How plainly each picture, pasted under its mask, shows the mask's border: how much more the
+    pixels differ that the border parts than their neighbours 2 and 3 pixels on either side.
+
+    before, after (B, 3, H, W), mask (B, 1, h, w) bool with h dividing H. A border that can't be
+    seen has 0, one between black and white 255. None may be nearer than 4 pixels to an edge that it
+    does not touch.
+    """
+    mask = F.interpolate(mask.float(), after.shape[-2:])[:, 0]  # (B, H, W)
+    pictures = torch.where(mask[:, None] > 0, after, before)
+    border, beside, count = 0.0, 0.0, 0.0
+    for dim in (1, 2):
+        change = pictures.diff(dim=dim + 1).abs().mean(dim=1)  # (B, H - 1, W) or (B, H, W - 1)
+        parted = mask.diff(dim=dim) != 0
+        near = sum(change.roll(shift, dim) for shift in (-3, -2, 2, 3)) / 4
+        border = border + (change * parted).sum(dim=(1, 2))
+        beside = beside + (near * parted).sum(dim=(1, 2))
+        count = count + parted.sum(dim=(1, 2))
+    return ((border - beside) / count).tolist()
+
+
 def drawn(pipe, prompts: list[str], seed: int, steps: int) -> tuple[minidit.Output, list[str]]:
     """Pictures of the prompts with their record, and the prompts of the edits."""
     out = pipe(prompts, steps=steps, seed=seed, solver="corrected", keep=True)
@@ -181,16 +209,23 @@ def measure(pipe, args: argparse.Namespace, prompts: list[str], seed: int, done,
     batch, n = pipe.encode(asked, [""] * len(asked)), len(asked)
     uncond, cond = ({k: v[s] for k, v in batch.items()} for s in (slice(n), slice(n, None)))
     noise = draw_noise(tuple(record.path[0].shape[1:]), seed + 10_000, n).to(pipe.device)
+    before = decoded(pipe, out.latents)
     for area in dict.fromkeys(area for area, _, _ in todo):
         mask = boxes(prompts, seed, area, noise.shape[-1]).to(pipe.device)
         edit = Edit(pipe, record, noise, cond, uncond, mask)
-        exact, _ = dense(edit, args.steps)
+        exact, cost = dense(edit, args.steps)
+        seams = seam(before, decoded(pipe, exact), mask)
+        for key, value in zip(keys(area, WHOLE, 0), seams, strict=True):
+            print(json.dumps({"key": key, "evaluations": cost, "seam": value}), file=file)
         for _, name, index in [x for x in todo if x[0] == area]:
             method, settings = METHODS[name]
             latents, cost = method(edit, settings[index])
-            values = snr(latents * mask, exact * mask)
-            for key, value in zip(keys(area, name, index), values, strict=True):
-                print(json.dumps({"key": key, "evaluations": cost, "snr": value}), file=file)
+            nearness, seams = (
+                snr(latents * mask, exact * mask), seam(before, decoded(pipe, latents), mask)
+            )  # fmt: skip
+            for key, near, plain in zip(keys(area, name, index), nearness, seams, strict=True):
+                row = {"key": key, "evaluations": cost, "snr": near, "seam": plain}
+                print(json.dumps(row), file=file)
         file.flush()
         print(f"seed {seed}: {area} % of {n} pictures", file=sys.stderr)
 
@@ -220,6 +255,8 @@ def main() -> None:
             print(table(found, "SNR to the dense edit, dB"))
             print(f"\nless {CONTROL} at the same cost, edit by edit\n")
             print(table(gains(rows, args.methods, CONTROL), "dB"))
+            print("\nhow plainly the border of the mask can be seen, 0 to 255\n")
+            print(table(curves(rows, [*args.methods, WHOLE], "seam"), "seam"))
     if args.plot is not None:
         plot(panels, args)
     if args.sheet is not None:

@@ -216,3 +216,5 @@ def test_a_cache_holds_the_rows_of_the_last_time_and_frees_all():
     assert layer.k.data_ptr() == dense[0, 1:].data_ptr()  # a view
     cache.clear()
     assert cache.nbytes == 0 and not list(cache) and cache.part("a") is not layer
+    layer.clear()
+    assert layer.k is layer.v is None and not list(layer)
