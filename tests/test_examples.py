@@ -168,11 +168,17 @@ def test_what_is_said_is_one_line_without_what_a_terminal_obeys(capsys, monkeypa
     assert out == "wrote a\n\x1b[2Jb\\udcff\n"
 
 
-def test_compile_compiles_the_transformer(run, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self)))
+@pytest.fixture
+def compiled(monkeypatch) -> list[type]:
+    """The kinds of the modules that were to be compiled, which they are not."""
+    kinds = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: kinds.append(type(self)))
+    return kinds
+
+
+def test_compile_compiles_the_blocks(run, compiled):
     run("sample", *TINY, "--steps", "1", "--ras", "off", "--compile")
-    assert compiled == [minidit.MMDiT]
+    assert compiled == [minidit.mmdit.Block] * 3
 
 
 def test_too_little_memory_is_a_sentence(capsys):
@@ -353,12 +359,19 @@ def test_benchmark_prints_shares_of_time_and_flops(run, capsys, monkeypatch, fam
     assert half[0] == "50.0%" and 45 < float(half[3].rstrip("%")) < 99
 
 
+def test_benchmark_compiles_the_blocks(run, capsys, monkeypatch, compiled):
+    arguments = tiny_benchmark(monkeypatch, "flux")
+    run("benchmark", *arguments, "--repeats", "1", "--ratios", "0.5", "--compile")
+    assert compiled == [minidit.flux.DoubleBlock] + [minidit.flux.SingleBlock] * 2
+    assert capsys.readouterr().out.splitlines()[0].endswith(", compiled")
+
+
 @pytest.mark.parametrize("batch", ["1", "2"])
 def test_benchmark_times_whole_runs(run, capsys, monkeypatch, batch):
     run("benchmark", *tiny_benchmark(monkeypatch, "lumina2"), "--run", "--batch", batch)
     official, dense, regions = capsys.readouterr().out.splitlines()[2:]
     assert official.split()[2:4] == ["28", "28.00"] and official.endswith("100.0%")
-    assert dense.split()[1:3] == ["12", "12.00"] and regions.split()[2:4] == ["12", "10.50"]
+    assert dense.split()[1:3] == ["14", "14.00"] and regions.split()[2:4] == ["14", "12.50"]
 
 
 def test_heat_counts_regional_steps_only():
