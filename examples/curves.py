@@ -12,7 +12,7 @@ import cli  # isort: skip
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean, stdev
@@ -78,7 +78,7 @@ def curves(rows: Iterable[dict], methods: Iterable[str], what: str = "snr") -> C
     return _by_cost((row for row in rows if what in row), methods, lambda row: row[what])
 
 
-def gains(rows: Sequence[dict], methods: Iterable[str], control: str) -> Curves:
+def gains(rows: Iterable[dict], methods: Iterable[str], control: str) -> Curves:
     """How much nearer each picture is than the control's picture of the same prompt and seed at the
     same cost, on the line between the costs that were measured; not beyond them."""
     paths = defaultdict(list)
@@ -104,7 +104,10 @@ def _picture(row: dict) -> tuple:
     return model, setting, *picture
 
 
-def _by_cost(rows: Iterable[dict], methods: Iterable[str], value) -> Curves:
+def _by_cost(
+    rows: Iterable[dict], methods: Iterable[str], value: Callable[[dict], float]
+) -> Curves:
+    """Mean of a value of the rows, at every cost of these methods."""
     groups = defaultdict(list)
     for row in rows:
         groups[tuple(row["key"][2:4])].append(row)

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 
 import minidit
 import rivals
-from curves import Curves, curves, draw_lines, gains, read, shared, table
+from curves import Curves, Rows, curves, draw_lines, gains, read, shared, table
 from pictures import check_plot
 from ras import RASConfig, Upstream
 
@@ -193,7 +193,7 @@ def snr(latents: torch.Tensor, exact: torch.Tensor) -> list[float]:
     return (10 * torch.log10(signal / error).clamp_max(9.9)).tolist()
 
 
-def measure(pipe, args: argparse.Namespace, seed: int, done: dict[tuple, dict], file) -> None:
+def measure(pipe, args: argparse.Namespace, seed: int, done: Rows, file) -> None:
     """Add a row for every method, cost and prompt of a seed that is not there yet.
     Rules are calibrated on the first two prompts, seed 0."""
     calibrate = cache(partial(rivals.dense_path, pipe, args.prompts[:2], 0, size=args.size))
@@ -221,14 +221,13 @@ def plot(found: Curves, gained: Curves, title: str, path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MultipleLocator
 
-    panels = [("nearness to the ODE, dB", found)]
+    panels = {"nearness to the ODE, dB": found}
     if gained:
-        panels.append((f"the same, less that of {CONTROL}\nsteps at the same cost, dB", gained))
+        panels[f"the same, less that of {CONTROL}\nsteps at the same cost, dB"] = gained
     figure = Figure(figsize=(7, 5.5 * len(panels)), layout="constrained")
     figure.suptitle(title, fontsize=13)
-    for axes, (what, some) in zip(
-        figure.subplots(len(panels), squeeze=False).flat, panels, strict=True
-    ):
+    subplots = figure.subplots(len(panels), squeeze=False)
+    for axes, (what, some) in zip(subplots.flat, panels.items(), strict=True):
         draw_lines(axes, some, COLOURS, BOUNDS)
         axes.xaxis.set_major_locator(MultipleLocator(4))
         axes.set_xlim(2, 30)

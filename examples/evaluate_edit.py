@@ -166,9 +166,11 @@ def seam(before: Tensor, after: Tensor, mask: Tensor) -> list[float]:
     return ((border - beside) / count).tolist()
 
 
-def drawn(pipe, prompts: list[str], seed: int, steps: int) -> tuple[minidit.Output, list[str]]:
-    """Pictures of the prompts with their record, and the prompts of the edits."""
-    out = pipe(prompts, steps=steps, seed=seed, solver="corrected", keep=True)
+def drawn(
+    pipe, prompts: list[str], seed: int, steps: int, output: str
+) -> tuple[minidit.Output, list[str]]:
+    """Drawings of the prompts with their record, as `output` says, and the prompts of the edits."""
+    out = pipe(prompts, steps=steps, seed=seed, solver="corrected", keep=True, output=output)
     if KINDS[seed % 2] == "same prompt":
         return out, prompts
     ahead = 1 + seed // 2 % (len(PROMPTS) - 1)  # never the same one
@@ -204,7 +206,7 @@ def measure(pipe, args: argparse.Namespace, prompts: list[str], seed: int, done,
     ]
     if not todo:
         return
-    out, asked = drawn(pipe, prompts, seed, args.steps)
+    out, asked = drawn(pipe, prompts, seed, args.steps, "latent")
     record = out.record
     batch, n = pipe.encode(asked, [""] * len(asked)), len(asked)
     uncond, cond = ({k: v[s] for k, v in batch.items()} for s in (slice(n), slice(n, None)))
@@ -220,9 +222,8 @@ def measure(pipe, args: argparse.Namespace, prompts: list[str], seed: int, done,
         for _, name, index in [x for x in todo if x[0] == area]:
             method, settings = METHODS[name]
             latents, cost = method(edit, settings[index])
-            nearness, seams = (
-                snr(latents * mask, exact * mask), seam(before, decoded(pipe, latents), mask)
-            )  # fmt: skip
+            nearness = snr(latents * mask, exact * mask)
+            seams = seam(before, decoded(pipe, latents), mask)
             for key, near, plain in zip(keys(area, name, index), nearness, seams, strict=True):
                 row = {"key": key, "evaluations": cost, "snr": near, "seam": plain}
                 print(json.dumps(row), file=file)
@@ -267,7 +268,7 @@ def pictures(pipe, args: argparse.Namespace) -> Image.Image:
     """Rows of edits of an eighth of the picture: before, mask, after, and the dense edit."""
     rows, prompts = [], args.prompts[:3]
     for seed, kind in enumerate(KINDS):
-        out, asked = drawn(pipe, prompts, seed, args.steps)
+        out, asked = drawn(pipe, prompts, seed, args.steps, "pil")
         boxed = boxes(prompts, seed, 12, out.latents.shape[-1])
         masks = [Image.fromarray(m[0].numpy()).resize(out.images[0].size) for m in boxed]
         edits, exact = (

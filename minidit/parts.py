@@ -216,7 +216,7 @@ def check_latents(
     height, width = latents.shape[-2:]
     if height % patch or width % patch or 0 in latents.shape:
         raise ValueError(f"latents are {height}x{width}, both must be multiples of {patch}")
-    if cache is not None and not callable(getattr(cache, "write", None)):
+    if cache is not None and not callable(getattr(cache, "part", None)):
         raise ValueError(f"cache is {checks.short(cache)}, must be a ras.KVCache or None")
     if active is None:
         return

@@ -133,6 +133,8 @@ class Recalled:
         """A copy of the recorded keys "k" or values "v", (B, S, H, D), on fresh's device."""
         wanted = len(fresh) // self.batch * self.pictures  # without guidance the second half alone
         recorded = getattr(self.before, what)
+        if recorded is None:
+            raise ValueError("the edit runs a layer that the drawing skipped: skip the same layers")
         if len(recorded) < wanted:
             raise ValueError("the edit guides a step that the drawing did not: guide it alike")
         recorded = recorded[-wanted:].to(fresh.device)

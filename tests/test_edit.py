@@ -451,6 +451,14 @@ def test_an_edit_may_skip_layers_where_the_drawing_did_not():
     assert part.latents.isfinite().all()
 
 
+def test_an_edit_may_not_run_a_layer_that_the_drawing_skipped():
+    pipe = pipeline("pipe_sd35_slg")
+    out = call(pipe, height=32, width=48, keep=True, **SKIP)
+    other = SKIP | {"skip_layers": [0]}
+    with pytest.raises(ValueError, match="runs a layer that the drawing skipped: skip the same"):
+        pipe.edit(out, BOX, "a cat", guidance=3.0, seed=0, ras=Given(0), **other)
+
+
 def test_a_pass_apart_is_read_off_the_same_line_between_kept_steps():
     caches = []
     for value in (2.0, 6.0):

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cli import compile_blocks
 from minidit.flow import shifted
 from pictures import save as save_image
 from pictures import sheet
@@ -104,8 +105,7 @@ class Trainer:
     def compile(self) -> None:
         """Compile the transformer's blocks, which are alike: one of them is compiled for all."""
         network = self.pipe.transformer
-        for block in network.blocks:
-            block.compile(dynamic=False)
+        compile_blocks(network, dynamic=False)
         # under autocast it would give the first block, and that one alone, half precision
         network.patch_embed.register_forward_hook(lambda _, given, made: made.float())
 
